@@ -6,12 +6,12 @@
 __all__ = ['likelihoods', 'seeded', 'nb_log_prob', 'NegativeBinomial', 'lognorm_tensor', 'SquaredError', 'Autoencoder',
            'latent_kl', 'batches', 'fit', 'Standardize']
 
-# %% ../nbs/01_autoencoder.ipynb #cf5493da
+# %% ../nbs/01_autoencoder.ipynb #56865f7e
 import contextlib,sys
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_autoencoder.ipynb #9c2ced91
@@ -194,7 +194,7 @@ def param_groups(self:Autoencoder,
     fast = [p for n,p in self.named_parameters() if 'log_theta' in n]
     return [dict(params=slow, lr=lr)] + ([dict(params=fast, lr=10*lr, weight_decay=0.)] if fast else [])
 
-# %% ../nbs/01_autoencoder.ipynb #1f2d0ea6
+# %% ../nbs/01_autoencoder.ipynb #91798c0b
 def fit(
     model:nn.Module, # Network to train, in place
     loss, # Function of row numbers, shape (batch_size,), to a scalar loss
@@ -208,15 +208,15 @@ def fit(
     progress:bool=True, # Show a bar on stderr?
 )->list: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
-    opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr)
+    opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr, fused=True)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in opt.param_groups], total_steps=max(steps, 2))
-    avg,history = AveragedModel(model, avg_fn=lambda a,p,n: p.lerp(a, min(ema, (1+n)/(10+n)))) if ema else None,[]
+    avg,history = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None,[]
     bar = tqdm(batches(n, batch_size, steps, seed), total=steps, desc=desc, disable=not progress, file=sys.stderr, mininterval=1)
     model.train()
     for step,idx in enumerate(bar):
         with seeded(seed, step): value = loss(idx)
         opt.zero_grad(); value.backward(); opt.step(); sched.step()
-        if ema: avg.update_parameters(model)
+        if ema and step>=steps//2: avg.update_parameters(model)
         history.append(value.item())
         if step%50==0: bar.set_postfix(loss=f'{np.mean(history[-50:]):.4g}')
     if ema: model.load_state_dict(avg.module.state_dict())

@@ -47,9 +47,9 @@ def forward(self:ResBlock,
     a,b = self.listen(e).chunk(2, dim=1)
     return self.skip(h) + self.layer2((1+a)*self.norm(self.layer1(h)) + b)
 
-# %% ../nbs/02_unet.ipynb #4e69c563
+# %% ../nbs/02_unet.ipynb #4893bd5d
 class UNet(nn.Module):
-    "Residual U-Net of linear layers: predicts the noise in `zt`"
+    "Residual U-Net of linear layers: predicts the noise in `zt`, equation (U3)"
     def __init__(self,
         n_latent:int, # Size of a latent
         widths:tuple=(384,256,192), # Width of each level, outermost first
@@ -64,20 +64,21 @@ class UNet(nn.Module):
         self.mid = ResBlock(w[-1], w[-1], n_emb, dropout)
         self.up = nn.ModuleList(ResBlock(i+s, s, n_emb, dropout) for i,s in zip([w[-1],*w[::-1]], w[::-1]))
         self.leave = nn.Sequential(nn.LayerNorm(w[0]), nn.SiLU(), nn.Linear(w[0], n_latent))
-        for p in self.leave[-1].parameters(): nn.init.zeros_(p)
+        self.gate = nn.Sequential(nn.SiLU(), nn.Linear(n_emb, n_latent))
+        for p in [*self.leave[-1].parameters(), *self.gate[-1].parameters()]: nn.init.zeros_(p)
 
-# %% ../nbs/02_unet.ipynb #4f13353c
+# %% ../nbs/02_unet.ipynb #5f9f7268
 @patch
 def forward(self:UNet,
     zt:torch.Tensor, # Noisy latents, shape (n, n_latent)
     t:torch.Tensor, # Step of each row, shape (n,); 0 is one step of noise
     cond:torch.Tensor|None=None, # Embedded condition of each row, shape (n, n_emb)
 )->torch.Tensor: # Predicted noise, shape of `zt`
-    "The noise that `zt` is thought to hold"
+    "The noise that `zt` is thought to hold, equation (U3)"
     e = self.time(timestep_embedding(t, self.n_emb))
     if cond is not None: e = e+cond
     h,kept = self.enter(zt),[]
     for block in self.down: h = block(h, e); kept.append(h)
     h = self.mid(h, e)
     for block in self.up: h = block(torch.cat([h, kept.pop()], dim=1), e)
-    return self.leave(h)
+    return self.gate(e)*zt + self.leave(h)

@@ -26,13 +26,13 @@ from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
 from .unet import UNet
 
-# %% ../nbs/05a_model.ipynb #d50dc6b8
+# %% ../nbs/05a_model.ipynb #fd47de3e
 defaults = dict(
     likelihood='nb', # `nb` (counts) or `mse` (the paper's)
     n_latent=32, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=0.5, # Standard deviation of the noise on latents while training
-    widths=(384,256,192), # Widths of the U-Net, outermost first
+    widths=(256,192,128), # Widths of the U-Net, outermost first
     n_emb=128, # Size of the embedding of step and condition
     dropout=0.1, # Share of units that the U-Net drops while training
     T=1000, # Diffusion steps
@@ -45,7 +45,7 @@ def _settings(given):
         if k not in defaults: raise TypeError(f"no setting {k!r}; did you mean {(get_close_matches(k, defaults, 1, 0) or ['?'])[0]!r}? The settings are {list(defaults)}")
     return {**defaults, **given}
 
-# %% ../nbs/05a_model.ipynb #3eb756ee
+# %% ../nbs/05a_model.ipynb #b925601c
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, makes new cells"
     def __init__(self,
@@ -60,7 +60,7 @@ class SCLD:
         self.labels,self.categories = labels or 'louvain',list(label.categories)
         self.genes,self.history,self.trained = list(map(str, data.var_names)),{},False
         self._X,self._label = data.X,torch.tensor(label.codes.astype(np.int64))
-        self._build(cluster_means(lognorm(data.X), label.codes, len(self.categories)))
+        with seeded(0): self._build(cluster_means(lognorm(data.X), label.codes, len(self.categories)))
 
 # %% ../nbs/05a_model.ipynb #681daef5
 @patch
@@ -78,18 +78,19 @@ def _build(self:SCLD,
     self.net.register_buffer('library', torch.zeros(2))
     self.sched = NoiseSchedule(linear_betas(s['T']))
 
-# %% ../nbs/05a_model.ipynb #66e8e15a
+# %% ../nbs/05a_model.ipynb #845d4a1d
+@patch(as_prop=True)
+def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
+    "Where the networks are"
+    return self.net.library.device
+
+# %% ../nbs/05a_model.ipynb #175f6eca
 @patch
 def _counts(self:SCLD,
     idx, # Row numbers, shape (n,)
 )->torch.Tensor: # Counts, shape (n, n_genes)
     "Training cells as a dense tensor on the model's device"
     return torch.from_numpy(self._X[np.asarray(idx)].toarray()).to(self.device)
-
-@patch(as_prop=True)
-def device(self:SCLD)->torch.device:
-    "Where the networks are"
-    return self.net.library.device
 
 # %% ../nbs/05a_model.ipynb #8a7eef31
 @patch
@@ -175,9 +176,10 @@ def _device(name):
     if name.startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"device {name!r} is not available; use 'cpu'")
     return torch.device(name)
 
-# %% ../nbs/05a_model.ipynb #bdc2abb5
+# %% ../nbs/05a_model.ipynb #7e58e385
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering
 
+# %% ../nbs/05a_model.ipynb #b8fb7e83
 @patch
 @torch.no_grad()
 def _block(self:SCLD,
@@ -281,10 +283,10 @@ def save(self:SCLD,
     tmp.rename(path)
     return path
 
-# %% ../nbs/05a_model.ipynb #d0ad6142
+# %% ../nbs/05a_model.ipynb #9d5efdc5
 def _sha256(path):
     "SHA-256 of a file, hexadecimal"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../nbs/05a_model.ipynb #b0ab156d
 @patch(cls_method=True)

@@ -47,12 +47,12 @@ def forward(self:ResBlock,
     a,b = self.listen(e).chunk(2, dim=1)
     return self.skip(h) + self.layer2((1+a)*self.norm(self.layer1(h)) + b)
 
-# %% ../nbs/02_unet.ipynb #4893bd5d
+# %% ../nbs/02_unet.ipynb #5100db90
 class UNet(nn.Module):
     "Residual U-Net of linear layers: predicts the noise in `zt`, equation (U3)"
     def __init__(self,
         n_latent:int, # Size of a latent
-        widths:tuple=(384,256,192), # Width of each level, outermost first
+        widths:tuple=(256,192,128), # Width of each level, outermost first
         n_emb:int=128, # Size of the embedding of step and condition, even
         dropout:float=0.1, # Share of units dropped while training
     ):

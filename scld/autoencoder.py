@@ -194,7 +194,7 @@ def param_groups(self:Autoencoder,
     fast = [p for n,p in self.named_parameters() if 'log_theta' in n]
     return [dict(params=slow, lr=lr)] + ([dict(params=fast, lr=10*lr, weight_decay=0.)] if fast else [])
 
-# %% ../nbs/01_autoencoder.ipynb #91798c0b
+# %% ../nbs/01_autoencoder.ipynb #916c38b7
 def fit(
     model:nn.Module, # Network to train, in place
     loss, # Function of row numbers, shape (batch_size,), to a scalar loss
@@ -202,7 +202,7 @@ def fit(
     steps:int, # Number of optimiser steps
     batch_size:int=128, # Rows a step
     lr:float=1e-3, # Peak learning rate
-    ema:float=0., # Decay of the running average of weights; 0 for none
+    ema:float=0., # Span of the running average of weights, as a share of the run; 0 for none
     seed:int=0, # Same seed, same weights
     desc:str='', # Name on the progress bar
     progress:bool=True, # Show a bar on stderr?
@@ -210,7 +210,7 @@ def fit(
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
     opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr, fused=True)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in opt.param_groups], total_steps=max(steps, 2))
-    avg,history = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None,[]
+    avg,history = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1-1/max(ema*steps, 1))) if ema else None,[]
     bar = tqdm(batches(n, batch_size, steps, seed), total=steps, desc=desc, disable=not progress, file=sys.stderr, mininterval=1)
     model.train()
     for step,idx in enumerate(bar):

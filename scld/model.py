@@ -111,7 +111,7 @@ def _latents(self:SCLD)->torch.Tensor:
     self.net.library = torch.stack([library.min(), library.max()])
     return torch.cat([z, library.log()[:,None]], dim=1)
 
-# %% ../nbs/05a_model.ipynb #50c7971b
+# %% ../nbs/05a_model.ipynb #f3ccf4b7
 @patch
 def _fit_diffusion(self:SCLD, steps, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
@@ -121,7 +121,7 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     net.scale.std = (net.scale.std**2+sd**2).sqrt()
     self._fit_labeller(net.scale(z), label, sd/net.scale.std)
     def loss(i): return net.denoiser.loss(self.sched, net.scale(z[i]+sd*torch.randn_like(z[i])), label[i], s['share'])
-    self.history['diffusion'] = fit(net.denoiser, loss, len(z), steps, lr=1e-3, ema=0.999, desc='diffusion', **kw)
+    self.history['diffusion'] = fit(net.denoiser, loss, len(z), steps, lr=1e-3, ema=0.05, desc='diffusion', **kw)
 
 # %% ../nbs/05a_model.ipynb #7de00d55
 @patch
@@ -148,10 +148,10 @@ def _fit_scorer(self:SCLD, steps, **kw):
     real = self._counts(np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False)))
     self.net.scorer = fit_scorer(real, fake, steps, desc='scorer', **kw)
 
-# %% ../nbs/05a_model.ipynb #5a4fa72a
+# %% ../nbs/05a_model.ipynb #d6f5afcb
 @patch
 def train(self:SCLD,
-    steps:int=6000, # Steps of the diffusion; the autoencoder takes a quarter, the scorer a twentieth
+    steps:int=6000, # Steps of the diffusion; the autoencoder takes a quarter or 60 passes over the cells, whichever is less; the scorer a twentieth
     batch_size:int=128, # Cells a step
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
@@ -163,7 +163,7 @@ def train(self:SCLD,
     kw = dict(batch_size=batch_size, seed=seed, progress=progress)
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(_device(device))
-    self._fit_autoencoder(steps//4, **kw)
+    self._fit_autoencoder(max(min(steps//4, 60*len(self._label)//batch_size), 5), **kw)
     self._fit_diffusion(steps, **kw)
     self._fit_scorer(steps//20, **kw)
     self.trained = True

@@ -56,18 +56,19 @@ def evaluate(
         'MMD² × 10³': beside_control(lambda *a, **k: 1e3*mmd2(*a, **k), x, y, c, seed)}
     return Report(metrics, cells, labels)
 
-# %% ../nbs/06c_report.ipynb #bafc13d2
+# %% ../nbs/06c_report.ipynb #7c9f5d88
 def plot_embedding(
     report:Report, # What `evaluate` returned
     axs, # Two axes: real, generated
     seed:int=0, # Same seed, same picture
-    n_cells:int=2000, # At most this many cells of each set
+    n_cells:int=2000, # At most this many cells of each set; as many of both
 ):
     "t-SNE of both sets together, drawn apart, coloured by label"
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
-    rng = np.random.default_rng(seed)
-    sets = [a[np.sort(rng.permutation(a.n_obs)[:n_cells])] for a in (report.cells['real'],report.cells['synth'])]
+    sets,rng = [report.cells['real'],report.cells['synth']],np.random.default_rng(seed)
+    n = min(n_cells, *(a.n_obs for a in sets))
+    sets = [a[np.sort(rng.permutation(a.n_obs)[:n])] for a in sets]
     X = np.vstack([lognorm(a.X).toarray() for a in sets])
     z = TSNE(perplexity=min(30, len(X)/4), random_state=seed, init='pca').fit_transform(PCA(min(50, *X.shape), random_state=seed).fit_transform(X))
     kind = [a.obs[report.labels].astype(str).to_numpy() if report.labels else np.repeat('cells', a.n_obs) for a in sets]
@@ -75,7 +76,7 @@ def plot_embedding(
         for j,k in enumerate(sorted(set(np.concatenate(kind)))): ax.scatter(*zi[ki==k].T, s=5, color=f'C{j%10}', marker='osv^D'[j//10%5], label=k)
         ax.set(title=f'{name} ({len(zi)} cells)', xticks=[], yticks=[], xlim=(z[:,0].min()-2,z[:,0].max()+2), ylim=(z[:,1].min()-2,z[:,1].max()+2))
 
-# %% ../nbs/06c_report.ipynb #bed53874
+# %% ../nbs/06c_report.ipynb #ae3d4649
 def plot_library(
     report:Report, # What `evaluate` returned
     ax, # Axes to draw on
@@ -86,6 +87,7 @@ def plot_library(
     ax.hist(a, bins, density=True, histtype='stepfilled', alpha=0.35, label='real')
     ax.hist(b, bins, density=True, histtype='step', lw=1.5, label='generated')
     ax.set(xscale='log', xlabel='library size (counts)', ylabel='density', title='Library sizes')
+    ax.minorticks_off()
     ax.legend()
 
 # %% ../nbs/06c_report.ipynb #2644e195

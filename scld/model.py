@@ -26,7 +26,7 @@ from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
 from .unet import UNet
 
-# %% ../nbs/05a_model.ipynb #fd47de3e
+# %% ../nbs/05a_model.ipynb #11ed252f
 defaults = dict(
     likelihood='nb', # `nb` (counts) or `mse` (the paper's)
     n_latent=32, # Size of the autoencoder's latent
@@ -92,7 +92,7 @@ def _counts(self:SCLD,
     "Training cells as a dense tensor on the model's device"
     return torch.from_numpy(self._X[np.asarray(idx)].toarray()).to(self.device)
 
-# %% ../nbs/05a_model.ipynb #8a7eef31
+# %% ../nbs/05a_model.ipynb #370364be
 @patch
 def _fit_autoencoder(self:SCLD, steps, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
@@ -111,7 +111,7 @@ def _latents(self:SCLD)->torch.Tensor:
     self.net.library = torch.stack([library.min(), library.max()])
     return torch.cat([z, library.log()[:,None]], dim=1)
 
-# %% ../nbs/05a_model.ipynb #f3ccf4b7
+# %% ../nbs/05a_model.ipynb #af36f2a3
 @patch
 def _fit_diffusion(self:SCLD, steps, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
@@ -139,7 +139,7 @@ def _fit_labeller(self:SCLD,
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
 
-# %% ../nbs/05a_model.ipynb #970c8a53
+# %% ../nbs/05a_model.ipynb #bd289f86
 @patch
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
@@ -179,7 +179,7 @@ def _device(name):
 # %% ../nbs/05a_model.ipynb #7e58e385
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering
 
-# %% ../nbs/05a_model.ipynb #b8fb7e83
+# %% ../nbs/05a_model.ipynb #21c56218
 @patch
 @torch.no_grad()
 def _block(self:SCLD,

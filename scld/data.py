@@ -63,7 +63,7 @@ def _matrix(adata, layer=None):
     if sparse.issparse(X) and X.format in ('csr','csc'): X.check_format(full_check=True)
     return X
 
-# %% ../nbs/00_data.ipynb #de48d6a3
+# %% ../nbs/00_data.ipynb #cc2e7c0f
 def check_counts(
     adata:AnnData, # Cells by genes
     layer:str|None=None, # Layer to check; `X` if absent
@@ -74,8 +74,9 @@ def check_counts(
     what,n,i,j,v = fault
     good = [k for k in [None,*adata.layers] if k!=layer and _first_fault(_matrix(adata, k)) is None]
     good = [f'layer={k!r}' if k else 'X (layer=None)' for k in dict.fromkeys(good)]
+    looks = ' (looks log-normalised)' if what=='fractional' and _matrix(adata, layer).max()<15 else ''
     hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts'
-    raise ValueError(f"{'X' if layer is None else f'layer {layer!r}'} is not counts: {n:,} {what} values, the first {v:g} at "
+    raise ValueError(f"{'X' if layer is None else f'layer {layer!r}'} is not counts{looks}: {n:,} {what} values, the first {v:g} at "
                      f"cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}; {hint}")
 
 # %% ../nbs/00_data.ipynb #02cf3ed7

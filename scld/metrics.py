@@ -79,7 +79,7 @@ def mmd2(
     np.fill_diagonal(K, 0)
     return float((K[:n,:n].sum()+K[n:,n:].sum())/(n*(n-1)) - 2*K[:n,n:].sum()/n**2)
 
-# %% ../nbs/06_metrics.ipynb #2e066615
+# %% ../nbs/06_metrics.ipynb #a9628330
 def beside_control(
     metric, # Function of two sets of cells, such as `rf_auc` or `mmd2`
     x, # Real cells to judge by, shape (n, n_genes)
@@ -87,7 +87,7 @@ def beside_control(
     control, # Other real cells, none of them in `x`, shape (k, n_genes)
     seed:int=0, # Same seed, same cells
     **kwargs, # Passed on to `metric`
-)->dict: # Mean over repeats and folds: `generated`, `control`; `n` cells of each set
+)->dict: # Mean over folds: `generated`, `control`; `n` cells of each set
     "A metric for generated cells, and for real cells in their place"
     n,rng = min(v.shape[0] for v in (x,y,control)),np.random.default_rng(seed)
     x,y,control = (v[np.sort(rng.permutation(v.shape[0])[:n])] for v in (x,y,control))

@@ -148,7 +148,7 @@ def _fit_scorer(self:SCLD, steps, **kw):
     real = self._counts(np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False)))
     self.net.scorer = fit_scorer(real, fake, steps, desc='scorer', **kw)
 
-# %% ../nbs/05a_model.ipynb #d6f5afcb
+# %% ../nbs/05a_model.ipynb #d926f476
 @patch
 def train(self:SCLD,
     steps:int=6000, # Steps of the diffusion; the autoencoder takes a quarter or 60 passes over the cells, whichever is less; the scorer a twentieth
@@ -160,9 +160,9 @@ def train(self:SCLD,
     "Learn from the training cells: autoencoder, diffusion, scorer"
     if self._X is None: raise RuntimeError("a loaded model has no training cells; make a new SCLD(adata) to train again")
     if steps<20 or batch_size<1: raise ValueError(f"steps must be at least 20 and batch_size at least 1, got {steps} and {batch_size}")
-    kw = dict(batch_size=batch_size, seed=seed, progress=progress)
+    kw,device,self.trained = dict(batch_size=batch_size, seed=seed, progress=progress),_device(device),False
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
-    self.net.to(_device(device))
+    self.net.to(device)
     self._fit_autoencoder(max(min(steps//4, 60*len(self._label)//batch_size), 5), **kw)
     self._fit_diffusion(steps, **kw)
     self._fit_scorer(steps//20, **kw)
@@ -210,7 +210,7 @@ def _make(self:SCLD, label, key, guidance=-1., keep=1., steps=50, threads=1, pro
     X,*rest = zip(*done)
     return sparse.vstack(X, format='csr'), *map(np.concatenate, rest)
 
-# %% ../nbs/05a_model.ipynb #be0d08ad
+# %% ../nbs/05a_model.ipynb #c7807751
 @patch
 def _request(self:SCLD,
     n:int|dict, # Number of holistic cells, or numbers by label
@@ -218,8 +218,8 @@ def _request(self:SCLD,
     "The conditions that make up a request"
     if not self.trained: raise RuntimeError("this model is not trained; call model.train() first")
     want = n if isinstance(n, dict) else {None: n}
-    for k in want:
-        if k is not None and k not in self.categories: raise KeyError(f"unknown label {k!r}; did you mean {get_close_matches(str(k), self.categories, 1, 0)[0]!r}? The labels are {self.categories}")
+    for k in n if isinstance(n, dict) else ():
+        if k not in self.categories: raise KeyError(f"unknown label {k!r}; did you mean {get_close_matches(str(k), self.categories, 1, 0)[0]!r}? The labels are {self.categories}")
     for k,m in want.items():
         if isinstance(m, bool) or not isinstance(m, (int,np.integer)) or m<1: raise ValueError(f"the number of cells{f' of {k!r}' if k else ''} must be a whole number above 0, got {m!r}")
     if not want: raise ValueError("no cells asked for: pass a number, or {'label': number}")

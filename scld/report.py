@@ -15,10 +15,9 @@ from fastcore.basics import patch
 from .data import lognorm,read_counts,read_labels
 from .metrics import beside_control,mmd2,rf_auc
 
-# %% ../nbs/06c_report.ipynb #1a742bb5
-def _align(adata, genes, name):
-    "Checked counts of `adata` with its genes in the order of `genes`"
-    a = read_counts(adata)
+# %% ../nbs/06c_report.ipynb #20b2fb1e
+def _align(a, genes, name):
+    "`a` with its genes in the order of `genes`"
     missing,extra = [g for g in genes if g not in a.var_names],[g for g in a.var_names if g not in genes]
     if missing or extra:
         raise ValueError(f"{name} lacks {len(missing)} genes of the real cells (first {missing[:3]}) and has {len(extra)} that they lack (first {extra[:3]}); take the same genes on both sides")
@@ -36,7 +35,7 @@ class Report:
     def __repr__(self): return self.table().round(3).to_string()
     def _repr_html_(self): return self.table().round(3).to_html()
 
-# %% ../nbs/06c_report.ipynb #1a054f70
+# %% ../nbs/06c_report.ipynb #225915c3
 def evaluate(
     real:AnnData, # Real cells that the generator has not seen; counts in `X`
     synth:AnnData, # Generated cells; counts in `X`
@@ -46,8 +45,8 @@ def evaluate(
     seed:int=0, # Same seed, same figures
 )->Report: # Metrics, figures, HTML
     "How well generated cells pass for real ones, beside a real-vs-real control"
-    genes = read_counts(real).var_names
-    cells = {k: _align(v, genes, k) for k,v in dict(real=real, synth=synth, train=train).items()}
+    cells = {k: read_counts(v) for k,v in dict(real=real, synth=synth, train=train).items()}
+    cells = {k: _align(a, cells['real'].var_names, k) for k,a in cells.items()}
     for a in cells.values() if labels else []: a.obs[labels] = read_labels(a, labels)
     x,y,c = (lognorm(a.X) for a in cells.values())
     metrics = {

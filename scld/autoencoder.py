@@ -194,11 +194,11 @@ def param_groups(self:Autoencoder,
     fast = [p for n,p in self.named_parameters() if 'log_theta' in n]
     return [dict(params=slow, lr=lr)] + ([dict(params=fast, lr=10*lr, weight_decay=0.)] if fast else [])
 
-# %% ../nbs/01_autoencoder.ipynb #916c38b7
+# %% ../nbs/01_autoencoder.ipynb #6bcef11e
 def fit(
     model:nn.Module, # Network to train, in place
     loss, # Function of row numbers, shape (batch_size,), to a scalar loss
-    n:int, # Number of rows to train on
+    n, # Number of rows to train on, or what yields row numbers itself: anything with `batches(batch_size, steps, seed)`, such as a stream
     steps:int, # Number of optimiser steps
     batch_size:int=128, # Rows a step
     lr:float=1e-3, # Peak learning rate
@@ -211,7 +211,8 @@ def fit(
     opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr, fused=True)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in opt.param_groups], total_steps=max(steps, 2))
     avg,history = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1-1/max(ema*steps, 1))) if ema else None,[]
-    bar = tqdm(batches(n, batch_size, steps, seed), total=steps, desc=desc, disable=not progress, file=sys.stderr, mininterval=1)
+    order = n.batches(batch_size, steps, seed) if hasattr(n, 'batches') else batches(n, batch_size, steps, seed)
+    bar = tqdm(order, total=steps, desc=desc, disable=not progress, file=sys.stderr, mininterval=1)
     model.train()
     for step,idx in enumerate(bar):
         with seeded(seed, step): value = loss(idx)

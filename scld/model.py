@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['defaults', 'BLOCK', 'SCLD']
 
-# %% ../nbs/05a_model.ipynb #f832829c
+# %% ../nbs/05a_model.ipynb #c36f3b41
 import hashlib,json,os,shutil,sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
 from .autoencoder import Autoencoder,Standardize,fit,seeded
-from .data import cluster,lognorm,read_counts,read_labels
+from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels
 from .diffusion import NoiseSchedule,linear_betas,timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
+from .stream import CountStream
 from .unet import UNet
 
 # %% ../nbs/05a_model.ipynb #11ed252f
@@ -45,22 +46,31 @@ def _settings(given):
         if k not in defaults: raise TypeError(f"no setting {k!r}; did you mean {(get_close_matches(k, defaults, 1, 0) or ['?'])[0]!r}? The settings are {list(defaults)}")
     return {**defaults, **given}
 
-# %% ../nbs/05a_model.ipynb #b925601c
+# %% ../nbs/05a_model.ipynb #c89a0b87
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, makes new cells"
     def __init__(self,
-        adata:AnnData, # Training cells; never changed
+        adata, # Training cells, never changed: an AnnData (backed or not), the path of a file, or a `CountStream`
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the kinds of cells; Louvain clusters if absent
         **settings, # Any of `defaults`
     ):
-        self.settings,data = _settings(settings),read_counts(adata, layer)
-        if data.n_obs<10: raise ValueError(f"{data.n_obs} cells are too few to learn from; at least 10 are needed")
+        self.settings,data = _settings(settings),_cells(adata, layer)
+        n,genes = data.X.shape
+        if n<10: raise ValueError(f"{n} cells are too few to learn from; at least 10 are needed")
         label = read_labels(data, labels) if labels else cluster(data)
         self.labels,self.categories = labels or 'louvain',list(label.categories)
         self.genes,self.history,self.trained = list(map(str, data.var_names)),{},False
         self._X,self._label = data.X,torch.tensor(label.codes.astype(np.int64))
-        with seeded(0): self._build(cluster_means(lognorm(data.X), label.codes, len(self.categories)))
+        self._library,self._totals = (data.library,data.gene_totals) if data is data.X else (data.X.sum(1).A1,data.X.sum(0).A1)
+        self.cells = library_model(self._library, label)
+        with seeded(0): self._build(cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(self.categories)))
+
+# %% ../nbs/05a_model.ipynb #5ddf3798
+def _cells(adata, layer):
+    "Checked counts: on disk if `adata` is, else in memory"
+    if isinstance(adata, CountStream): return adata
+    return CountStream(adata, layer) if getattr(adata, 'isbacked', False) else read_counts(adata, layer)
 
 # %% ../nbs/05a_model.ipynb #681daef5
 @patch
@@ -92,24 +102,26 @@ def _counts(self:SCLD,
     "Training cells as a dense tensor on the model's device"
     return torch.from_numpy(self._X[np.asarray(idx)].toarray()).to(self.device)
 
-# %% ../nbs/05a_model.ipynb #370364be
+# %% ../nbs/05a_model.ipynb #d4bcaeec
 @patch
 def _fit_autoencoder(self:SCLD, steps, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
-    ae,share = self.net.ae,torch.tensor(self._X.sum(0).A1/self._X.sum(), dtype=torch.float32)
+    ae,share = self.net.ae,torch.tensor(self._totals/self._totals.sum(), dtype=torch.float32)
     ae.start_at(share.to(self.device))
-    self.history['autoencoder'] = fit(ae, lambda i: ae.loss(self._counts(i)), len(self._label), steps, lr=2e-3, desc='autoencoder', **kw)
+    rows = self._X if isinstance(self._X, CountStream) else len(self._label)
+    self.history['autoencoder'] = fit(ae, lambda i: ae.loss(self._counts(i)), rows, steps, lr=2e-3, desc='autoencoder', **kw)
 
-# %% ../nbs/05a_model.ipynb #dffb46b3
+# %% ../nbs/05a_model.ipynb #80868348
 @patch
 @torch.no_grad()
 def _latents(self:SCLD)->torch.Tensor:
     "Latents of all training cells with their log library size, shape (n, n_latent+1)"
-    rows = torch.arange(len(self._label)).split(1024)
-    z = torch.cat([self.net.ae.encode(self._counts(i)) for i in rows])
-    library = torch.from_numpy(self._X.sum(1).A1).float().to(z)
+    library = torch.from_numpy(self._library).float().to(self.device)
     self.net.library = torch.stack([library.min(), library.max()])
-    return torch.cat([z, library.log()[:,None]], dim=1)
+    z = torch.empty(len(library), self.settings['n_latent']+1, device=self.device)
+    z[:,-1] = library.log()
+    for i in torch.arange(len(z)).split(1024): z[i,:-1] = self.net.ae.encode(self._counts(i))
+    return z
 
 # %% ../nbs/05a_model.ipynb #af36f2a3
 @patch
@@ -123,7 +135,7 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     def loss(i): return net.denoiser.loss(self.sched, net.scale(z[i]+sd*torch.randn_like(z[i])), label[i], s['share'])
     self.history['diffusion'] = fit(net.denoiser, loss, len(z), steps, lr=1e-3, ema=0.05, desc='diffusion', **kw)
 
-# %% ../nbs/05a_model.ipynb #7de00d55
+# %% ../nbs/05a_model.ipynb #e5326bcf
 @patch
 def _fit_labeller(self:SCLD,
     z:torch.Tensor, # Standardised latents, shape (n, n_latent+1)
@@ -131,11 +143,14 @@ def _fit_labeller(self:SCLD,
     sd:torch.Tensor, # Standard deviation of the noise on each dimension, shape (n_latent+1,)
 ):
     "Linear discriminant analysis in closed form, equation (M1)"
-    z,K = z.double().cpu(),len(self.categories)
-    one = torch.eye(K).double()[label.cpu()]
-    size,mu = one.sum(0),(one.T@z)/one.sum(0)[:,None]
-    rest = z-one@mu
-    W = torch.linalg.solve(rest.T@rest/len(z)+torch.diag(sd.double().cpu()**2+1e-3), mu.T).T
+    eye,sums = torch.eye(len(self.categories)).double(),(0,0,0)
+    for zb,kb in zip(z.split(2**16), label.split(2**16)):
+        zb,one = zb.double().cpu(),eye[kb.cpu()]
+        sums = [a+b for a,b in zip(sums, (one.sum(0), one.T@zb, zb.T@zb))]
+    size,first,second = sums
+    mu = first/size[:,None]
+    within = (second-first.T@mu)/len(z)
+    W = torch.linalg.solve(within+torch.diag(sd.double().cpu()**2+1e-3), mu.T).T
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
 
@@ -264,7 +279,7 @@ def fingerprint(self:SCLD)->str: # SHA-256 of all weights, hexadecimal
     for k,v in sorted(self.net.state_dict().items()): h.update(k.encode()+v.cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/05a_model.ipynb #7a69999f
+# %% ../nbs/05a_model.ipynb #6fdcb81c
 @patch
 def save(self:SCLD,
     path:str|Path, # Folder to write
@@ -277,7 +292,7 @@ def save(self:SCLD,
     tmp = path.with_name(f'{path.name}.tmp-{os.getpid()}')
     tmp.mkdir(parents=True)
     save_file({k: v.cpu().contiguous() for k,v in self.net.state_dict().items()}, tmp/'weights.safetensors')
-    config = dict(format=1, version=__version__, settings=self.settings, labels=self.labels, categories=self.categories, genes=self.genes, sha256=_sha256(tmp/'weights.safetensors'))
+    config = dict(format=1, version=__version__, settings=self.settings, labels=self.labels, categories=self.categories, genes=self.genes, cells=self.cells.to_dict('list'), sha256=_sha256(tmp/'weights.safetensors'))
     (tmp/'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     if path.exists(): shutil.rmtree(path)
     tmp.rename(path)
@@ -288,7 +303,7 @@ def _sha256(path):
     "SHA-256 of a file, hexadecimal"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/05a_model.ipynb #b0ab156d
+# %% ../nbs/05a_model.ipynb #e5965fb4
 @patch(cls_method=True)
 def load(cls:SCLD,
     path:str|Path, # Folder that `save` wrote
@@ -303,7 +318,7 @@ def load(cls:SCLD,
     if _sha256(path/'weights.safetensors')!=config['sha256']: raise ValueError(f"{path/'weights.safetensors'} is damaged: its SHA-256 is not the one in config.json")
     self = cls.__new__(cls)
     self.settings,self.labels,self.categories,self.genes = (config[k] for k in ('settings','labels','categories','genes'))
-    self._X = self._label = None
+    self.cells,self._X,self._label = pd.DataFrame(config['cells'], index=self.categories),None,None
     self.history,self.trained = {},True
     with seeded(0): self._build(torch.zeros(len(self.categories)+1, len(self.genes)))
     self.net.load_state_dict(load_file(path/'weights.safetensors'))

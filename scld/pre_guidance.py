@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['cluster_means', 'Embed', 'Denoiser', 'global_slot']
 
-# %% ../nbs/04_pre_guidance.ipynb #fcb0cd63
-import torch
+# %% ../nbs/04_pre_guidance.ipynb #dea8f80d
+import numpy as np, torch
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .diffusion import NoiseSchedule
 from .unet import UNet
 
-# %% ../nbs/04_pre_guidance.ipynb #39f7acf3
+# %% ../nbs/04_pre_guidance.ipynb #5b2d19e7
 def cluster_means(
-    x, # Scaled, logged expression, CSR or dense, shape (n_cells, n_genes)
+    x, # Scaled, logged expression, CSR or dense, shape (n_cells, n_genes), or an iterable of consecutive blocks of its rows
     label, # Label of each cell, integers 0..K-1, shape (n_cells,)
     n_labels:int, # K
 )->torch.Tensor: # Means of the K clusters and, last, of all cells, shape (K+1, n_genes)
     "Conditions: the mean expression of each cluster, and of all cells; equation (8)"
-    x,n = sparse.csr_matrix(x),len(label)
-    member = sparse.csr_matrix(([1.]*n, (label, range(n))), shape=(n_labels,n))
-    size = member.sum(1).A1
+    size,sums,start = np.bincount(label, minlength=n_labels),0,0
     if (size==0).any(): raise ValueError(f"{(size==0).sum()} labels have no cells, the first is number {int(size.argmin())}; drop unused categories")
-    means = sparse.vstack([sparse.diags(1/size) @ member @ x, sparse.csr_matrix(x.mean(0))])
-    return torch.tensor(means.toarray(), dtype=torch.float32)
+    for b in [x] if hasattr(x, 'shape') else x:
+        n = b.shape[0]
+        member = sparse.csr_matrix(([1.]*n, (label[start:start+n], range(n))), shape=(n_labels,n))
+        sums,start = sums+(member@sparse.csr_matrix(b)).toarray(),start+n
+    means = np.vstack([sums/size[:,None], sums.sum(0)/len(label)])
+    return torch.tensor(means, dtype=torch.float32)
 
 # %% ../nbs/04_pre_guidance.ipynb #9827d6d9
 class Embed(nn.Sequential):

@@ -19,12 +19,12 @@ def _refuse_small(size, min_cells, names):
     few = [f'{k!r} ({n})' for k,n in zip(names, size) if n<max(min_cells, 1)]
     if few: raise ValueError(f"clusters of fewer than {max(min_cells, 1)} cells: {', '.join(few)}; join them to others, drop them, or lower min_cells (the mean of one cell is that cell)")
 
-# %% ../nbs/04_pre_guidance.ipynb #d483f511
+# %% ../nbs/04_pre_guidance.ipynb #ca56126c
 def cluster_means(
     x, # Scaled, logged expression, CSR or dense, shape (n_cells, n_genes), or an iterable of consecutive blocks of its rows
     label, # Label of each cell, integers 0..K-1, shape (n_cells,)
     n_labels:int, # K
-    min_cells:int=10, # Smallest cluster that may be a condition
+    min_cells:int=5, # Smallest cluster that may be a condition
     names=None, # Names of the K clusters, for the message; their numbers if absent
 )->torch.Tensor: # Means of the K clusters and, last, of all cells, shape (K+1, n_genes)
     "Conditions: the mean expression of each cluster, and of all cells; equation (8)"

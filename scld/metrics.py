@@ -85,7 +85,7 @@ protocols = {
     'depth5': dict(see='pcs', depth=5, folds=4, tested=1), # scDiffusion: trees of depth 5, one split with a quarter of the cells to test on
     'boost-5fold': dict(see='both', depth=None, folds=5, tested=5)} # The strictest: gradient boosting on 50 components and the 200 most variable genes
 
-# %% ../nbs/06_metrics.ipynb #35919a6a
+# %% ../nbs/06_metrics.ipynb #5b8a5b7c
 def pool_pcs(
     *sets, # Sets of cells, each CSR or dense, shape (n_i, n_genes)
     n_pcs:int=50, # Principal components; fewer if there are fewer cells or genes
@@ -94,9 +94,9 @@ def pool_pcs(
     from scipy.sparse.linalg import LinearOperator,svds
     X = sparse.vstack([sparse.csr_matrix(s, dtype=np.float64) for s in sets], format='csr')
     mean,small = X.mean(0).A1,min(X.shape)
-    if small<=1000: U,S,_ = np.linalg.svd(X.toarray()-mean, full_matrices=False)
+    if small<=max(300, 3*n_pcs): U,S,_ = np.linalg.svd(X.toarray()-mean, full_matrices=False)
     else:
-        op = LinearOperator(X.shape, matvec=lambda v: X@v-mean@v, rmatvec=lambda v: X.T@v-mean*v.sum(), dtype=float)
+        op = LinearOperator(X.shape, matvec=lambda v: X@v.ravel()-mean@v.ravel(), rmatvec=lambda v: X.T@v.ravel()-mean*v.sum(), dtype=float)
         U,S,_ = svds(op, n_pcs, v0=np.random.default_rng(0).normal(size=small))
     keep = np.argsort(-S)[:n_pcs]
     return U[:,keep]*S[keep]

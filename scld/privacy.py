@@ -28,18 +28,19 @@ def exact_copies(
     known = {r: i for i,r in enumerate(_rows(real))}
     return np.array([known.get(r, -1) for r in _rows(made)])
 
-# %% ../nbs/06a_privacy.ipynb #4e44ee3f
+# %% ../nbs/06a_privacy.ipynb #c6bc24af
 def audit_space(
     train, # Training cells, scaled and logged, CSR or dense, shape (n, n_genes)
     held, # Held-out real cells, shape (h, n_genes)
     made, # Generated cells, shape (m, n_genes)
     n_pcs:int=50, # Principal components of the pool of all three
-    seed:int=0, # Same seed, same cells of the larger real set
-)->tuple: # Coordinates of training and held-out cells, min(n, h) of each, and of the generated cells
+    n_cells:int=1500, # At most this many cells of each set
+    seed:int=0, # Same seed, same cells
+)->tuple: # Coordinates of training and held-out cells, as many of both, and of the generated cells
     "Real cells, as many of both kinds, and generated ones in one space"
-    n = min(train.shape[0], held.shape[0])
+    n = min(train.shape[0], held.shape[0], n_cells)
     if n<10: raise ValueError(f"{n} real cells are too few for an audit; at least 10 training and 10 held-out cells are needed")
-    train,held = (a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:n])] for a in (train,held))
+    train,held,made = (a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:k])] for a,k in ((train,n), (held,n), (made,n_cells)))
     return np.split(pool_pcs(train, held, made, n_pcs=n_pcs), [n,2*n])
 
 # %% ../nbs/06a_privacy.ipynb #fc79458b
@@ -116,18 +117,19 @@ def nearer_by_type(
     types = np.asarray(types, str)
     return {str(t): float(near[types==t].mean()) for t in np.unique(types)}
 
-# %% ../nbs/06a_privacy.ipynb #d73deb21
+# %% ../nbs/06a_privacy.ipynb #4b4db859
 def audit(
     train, # Training cells, counts, CSR or dense, shape (n, n_genes)
     held, # Held-out real cells, counts, shape (h, n_genes)
     made, # Generated cells, counts, shape (m, n_genes)
     normalise, # Counts to scaled, logged values, such as `lognorm`
+    n_cells:int=1500, # At most this many cells of each set in questions of distance
     n_perm:int=499, # Times to decide anew which real cells were trained on
     level:float=0.05, # False alarms allowed, over all questions
     seed:int=0, # Same seed, same result
 )->dict: # Question: dict of `value`, `p`, `low`, `high` and `caught`
     "Does a generator give its training cells away?"
-    z = audit_space(*(normalise(v) for v in (train,held,made)), seed=seed)
+    z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
     same = exact_copies(sparse.vstack([train,held]), made)
     votes = np.bincount(same[same>=0], minlength=train.shape[0]+held.shape[0])
     tests = {'exact copies': sides(train.shape[0], held.shape[0], n_perm, seed)@votes/made.shape[0],

@@ -21,18 +21,22 @@ def _dense(x, name):
     if len(bad): raise ValueError(f"{name} holds {len(bad)} NaN or infinite values, the first at cell {bad[0][0]}, gene {bad[0][1]}; repair or drop these cells")
     return x
 
-# %% ../nbs/06_metrics.ipynb #abd115b6
+# %% ../nbs/06_metrics.ipynb #7f12f541
+def _alike(x, y, seed):
+    "Random rows of both sets, as many of either, in the form they came"
+    if x.shape[1]!=y.shape[1]: raise ValueError(f"the two sets have {x.shape[1]} and {y.shape[1]} genes; align them first")
+    n = min(x.shape[0], y.shape[0])
+    if n<10: raise ValueError(f"{n} cells are too few to compare; at least 10 of each are needed")
+    return [a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:n])] for a in (x,y)]
+
+# %% ../nbs/06_metrics.ipynb #9e546df3
 def balanced(
     x, # Cells, CSR or dense, shape (n, n_genes)
     y, # Cells, CSR or dense, shape (m, n_genes)
     seed:int=0, # Same seed, same cells
 )->tuple: # Dense float32 arrays of min(n, m) cells each
     "Both sets cut at random to the size of the smaller"
-    if x.shape[1]!=y.shape[1]: raise ValueError(f"the two sets have {x.shape[1]} and {y.shape[1]} genes; align them first")
-    n = min(x.shape[0], y.shape[0])
-    if n<10: raise ValueError(f"{n} cells are too few to compare; at least 10 of each are needed")
-    cut = [a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:n])] for a in (x,y)]
-    return tuple(_dense(a, name) for a,name in zip(cut, ('the first set','the second set')))
+    return tuple(_dense(a, name) for a,name in zip(_alike(x, y, seed), ('the first set','the second set')))
 
 # %% ../nbs/06_metrics.ipynb #c898f5b8
 def permute_genes(
@@ -85,7 +89,7 @@ protocols = {
     'depth5': dict(see='pcs', depth=5, folds=4, tested=1), # scDiffusion: trees of depth 5, one split with a quarter of the cells to test on
     'boost-5fold': dict(see='both', depth=None, folds=5, tested=5)} # The strictest: gradient boosting on 50 components and the 200 most variable genes
 
-# %% ../nbs/06_metrics.ipynb #5b8a5b7c
+# %% ../nbs/06_metrics.ipynb #7eda2178
 def pool_pcs(
     *sets, # Sets of cells, each CSR or dense, shape (n_i, n_genes)
     n_pcs:int=50, # Principal components; fewer if there are fewer cells or genes
@@ -94,6 +98,7 @@ def pool_pcs(
     from scipy.sparse.linalg import LinearOperator,svds
     X = sparse.vstack([sparse.csr_matrix(s, dtype=np.float64) for s in sets], format='csr')
     mean,small = X.mean(0).A1,min(X.shape)
+    if not np.isfinite(mean).all(): raise ValueError(f"the sets hold NaN or infinite values, the first in gene {np.argmin(np.isfinite(mean))}; repair or drop these cells")
     if small<=max(300, 3*n_pcs): U,S,_ = np.linalg.svd(X.toarray()-mean, full_matrices=False)
     else:
         op = LinearOperator(X.shape, matvec=lambda v: X@v.ravel()-mean@v.ravel(), rmatvec=lambda v: X.T@v.ravel()-mean*v.sum(), dtype=float)
@@ -169,20 +174,23 @@ def rf_auc(
     score,real,fold = classifier_scores(x, y, protocol, n_trees, seed)
     return np.array([auc(score[fold==k], real[fold==k]) for k in range(fold.max()+1)])
 
-# %% ../nbs/06_metrics.ipynb #417a50cf
+# %% ../nbs/06_metrics.ipynb #b3a472b8
 def auc_sides(
     score:np.ndarray, # How real each cell looks, shape (n_cells,)
     real:np.ndarray, # Which cells are real, shape (n_cells,)
     fold:np.ndarray, # Where each was tested, shape (n_cells,)
     n_perm:int=0, # Times to deal the test cells anew
     seed:int=0, # Same seed, same deals
+    widen:float=1.25, # Factor on the scatter of the deals where folds share training cells
 )->np.ndarray: # Mean AUC over folds: as it is, then by chance, shape (1+n_perm,)
     "The mean AUC, and what chance makes of it"
     rng,out = np.random.default_rng(seed),np.zeros(1+n_perm)
     for k in range(fold.max()+1):
         r = real[fold==k]
         out += auc(score[fold==k], np.vstack([r, rng.permuted(np.tile(r, (n_perm,1)), axis=1)]))
-    return out/(fold.max()+1)
+    out /= fold.max()+1
+    if fold.max()>0: out[1:] = 0.5+widen*(out[1:]-0.5)
+    return out
 
 # %% ../nbs/06_metrics.ipynb #412017a6
 def auc_gap(
@@ -248,7 +256,7 @@ def mmd2_sides(
     xx,xy,yy = (S*near).sum(0),((1-S)*near).sum(0),((1-S)*(total-near)).sum(0)
     return xx/(n*(n if biased else n-1)) + yy/(m*(m if biased else m-1)) - 2*xy/(n*m)
 
-# %% ../nbs/06_metrics.ipynb #c76d6051
+# %% ../nbs/06_metrics.ipynb #cfa7a303
 def mmd2(
     x, # Real cells, CSR or dense, shape (n, n_genes)
     y, # Generated cells, CSR or dense, shape (m, n_genes)
@@ -257,8 +265,8 @@ def mmd2(
     biased:bool=False, # Keep each cell's likeness to itself
 )->float: # Squared discrepancy, at most 6; ×10³ for the scale of published figures
     "Squared maximum mean discrepancy on components of the pool, equations (14) and (E4)"
-    x,y = balanced(x, y, seed)
-    return float(mmd2_sides(pool_pcs(x, y, n_pcs=n_pcs), sides(len(x), len(y)), biased=biased)[0])
+    x,y = _alike(x, y, seed)
+    return float(mmd2_sides(pool_pcs(x, y, n_pcs=n_pcs), sides(x.shape[0], y.shape[0]), biased=biased)[0])
 
 # %% ../nbs/06_metrics.ipynb #bb3b55bd
 def energy_distance(

@@ -113,7 +113,7 @@ def _warnings(sets, metrics, n, labels):
     if small: out.append(f"Types of fewer than 30 training cells can hardly be made without repeating them: {', '.join(small)}.")
     return out
 
-# %% ../nbs/06c_report.ipynb #f1133de4
+# %% ../nbs/06c_report.ipynb #2fc0cb74
 def _by_type(real, synth, train, labels, n_trees, seed):
     "A row for each type: cells, AUC beside its control, markers recovered, F1 of a classifier trained on each"
     x,y,c = (lognorm(a.X) for a in (real,synth,train))
@@ -125,7 +125,8 @@ def _by_type(real, synth, train, labels, n_trees, seed):
         marks = marker_agreement(x, tx, v, t) if len(np.unique(tx))>1 else {}
         out[f'markers, {name}'] = {k: m['recovered'] for k,m in marks.items()}
         out[f'F1, {name}'] = type_f1(v, t, x, tx, seed) if len(np.unique(t))>1 else {}
-    return pd.DataFrame(out).reindex(sorted(set(tx))).fillna({'real cells': 0, 'generated cells': 0}).astype(float)
+    order = [*out][:2]+[f'{m}, {s}' for m in ('AUC','markers','F1') for s in ('generated','control')]
+    return pd.DataFrame(out)[order].reindex(sorted(set(tx))).fillna({'real cells': 0, 'generated cells': 0}).astype(float)
 
 # %% ../nbs/06c_report.ipynb #4382a3cc
 def _cut(sets, n_cells, seed):
@@ -275,11 +276,11 @@ def plot_nearest(
     axs[0].set(xlabel='distance to the nearest training cell', ylabel='cells', title='Nearest training cell')
     axs[0].legend(fontsize=8)
 
-# %% ../nbs/06c_report.ipynb #7bcc78fd
+# %% ../nbs/06c_report.ipynb #049d50ef
 _panels = { # Name: function, axes, size of one in inches, what it needs, sentence
-    'Embedding': (plot_embedding, 2, (4.2,3.6), None, 'One t-SNE of both sets, drawn apart. Good: the same islands, filled to the same degree, in the same colours. Islands on one side only are inventions (right) or losses (left).'),
-    'Types': (plot_types, 1, (4.2,3.6), 'types', 'How often a forest, looking inside one type, ranks a real cell above a generated one. Good: orange bars as long as the grey ones, which are real against real. 0.5 is guessing.'),
+    'Embedding': (plot_embedding, 2, (4.2,3.6), None, 'One t-SNE of both sets, drawn apart. Good: the same islands, filled to the same degree, in the same colours. Islands among generated cells only are inventions; among real cells only, losses.'),
     'Markers': (plot_markers, 2, (4.2,5), 'types', 'Genes that mark a type in real cells: colour is the mean, size the share of cells that have a count. Good: the same diagonal on both sides.'),
+    'Types': (plot_types, 1, (4.2,3.6), 'types', 'How often a forest, looking inside one type, ranks a real cell above a generated one. Good: orange bars as long as the grey ones, which are real against real. 0.5 is guessing.'),
     'Library sizes': (plot_library, 1, (4.2,3.2), None, 'How many molecules a cell has. Good: the line follows the filled shape.'),
     'Mean and variance': (plot_mean_variance, 1, (4.2,3.2), None, 'One mark a gene. Good: crosses lie on circles. Crosses below are too smooth, crosses above too noisy.'),
     'Zeros': (plot_zeros, 1, (4.2,3.2), None, 'One dot a gene: the share of cells in which it was not seen. Good: dots on the diagonal. Dots below are genes seen too often.'),
@@ -325,12 +326,12 @@ def plot(self:Report):
         if k=='Embedding' and self.settings['labels']: axs[-1].legend(loc='center left', bbox_to_anchor=(1,0.5), fontsize=7, markerscale=2, frameon=False)
     return fig
 
-# %% ../nbs/06c_report.ipynb #d3b9b0c3
+# %% ../nbs/06c_report.ipynb #82da4775
 _style = '''body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}h1{line-height:1.2;margin-bottom:.3rem}
 h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.say{font-size:1.15rem;padding:.8rem 1rem;border-left:5px solid #2a7d46;background:#eef7f0}.say.bad{border-color:#b4491f;background:#fcf1ec}
 .warn{padding:.6rem 1rem .6rem 2rem;background:#fff8e1;border-left:5px solid #d9a400;margin:1rem 0}.warn li{margin:.2rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{padding:.35rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-th{font-size:.85rem;vertical-align:bottom}td:first-child,th:first-child{text-align:left}td small{display:block;color:#59626c;line-height:1.3}.n{color:#7a838c}
+th{font-size:.85rem;vertical-align:bottom}td:not(:first-child){white-space:nowrap}td:first-child,th:first-child{text-align:left}td small{display:block;color:#59626c;line-height:1.3}.n{color:#7a838c}
 b.bad{color:#b4491f}b.ok{color:#2a7d46}.figs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.5rem}
 figure{margin:0}figure.w{grid-column:1/-1}figure img{width:100%;max-width:32rem;height:auto}figure.w div{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 figcaption,footer,p.n{color:#3f4750;font-size:.92rem}.key span{white-space:nowrap;margin-right:.8rem}footer{margin-top:3rem;border-top:1px solid #ddd;padding-top:.5rem}
@@ -344,7 +345,7 @@ def _table(frame, cell=lambda v: '–' if v!=v else f'{v:.3g}' if isinstance(v, 
     rows = ''.join(f'<tr><td>{k}</td>'+''.join(f'<td data-l="{escape(str(c))}">{cell(v)}</td>' for c,v in r.items())+'</tr>' for k,r in frame.iterrows())
     return f'<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
-# %% ../nbs/06c_report.ipynb #6b1453c1
+# %% ../nbs/06c_report.ipynb #8adfbb81
 def _metric_rows(metrics, flag, word):
     "Metrics as a frame of HTML cells: explained, rounded, judged"
     rows = {}
@@ -352,7 +353,8 @@ def _metric_rows(metrics, flag, word):
         said = f'<b class="bad">{word}</b>' if m[flag] else '<b class="ok">as chance</b>'
         row = {'generated': f"{m['generated' if 'generated' in m else 'value']:.3f}", **({'real control': f"{m['control']:.3f}"} if 'control' in m else {}),
                'range of chance': f"{m['low']:.3f} to {m['high']:.3f}", 'p': f"{m['p']:.3f}", 'verdict': said, **{f'null: {n}': f'<span class="n">{v:.3f}</span>' for n,v in m.get('nulls', {}).items()}}
-        rows[f'{escape(k)}<small>{_guide[k]}</small>'] = row
+        gap = 'Distance to the control {:+.3f}, 95 % interval {:+.3f} to {:+.3f}.'.format(*m['gap']) if 'gap' in m else ''
+        rows[f'{escape(k)}<small>{_guide[k]} {gap}</small>'] = row
     return pd.DataFrame(rows).T
 
 # %% ../nbs/06c_report.ipynb #7305379b
@@ -371,7 +373,7 @@ def _panel(report, name, dpi=130):
         key = '<p class="key">'+' '.join(f'<span><span style="color:{to_hex(h.get_facecolor()[0])};margin:0">●</span> {escape(t)}</span>' for h,t in zip(*axs[0].get_legend_handles_labels()))+'</p>'
     return f'<figure{" class=w" if n>1 else ""}><div>{images}</div>{key}<figcaption><b>{escape(name)}.</b> {sentence}</figcaption></figure>'
 
-# %% ../nbs/06c_report.ipynb #1253a02e
+# %% ../nbs/06c_report.ipynb #4bd670bb
 @patch
 def to_html(self:Report,
     path:str|Path, # File to write
@@ -389,7 +391,7 @@ def to_html(self:Report,
 <h2>Every metric, beside real cells</h2><p class="n">{s['n_cells']} generated cells against {s['n_cells']} real ones that the generator has not seen. The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the generated ones.
 The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew; outside, it <b>differs</b> ({s['n_tests']} tests share a level of 5 %). <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells, Poisson noise at the means.</p>
 {_table(_metric_rows(self.metrics, 'differs', 'differs'))}{types}{private}
-<footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees; {s['n_perm']} deals; seed {s['seed']}.</footer></html>''', encoding='utf-8')
+<footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees, at most 100 for nulls and types; {s['n_perm']} deals; seed {s['seed']}.</footer></html>''', encoding='utf-8')
     return Path(path)
 
 # %% ../nbs/06c_report.ipynb #b7a8a606

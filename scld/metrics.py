@@ -192,7 +192,7 @@ def auc_sides(
     if fold.max()>0: out[1:] = 0.5+widen*(out[1:]-0.5)
     return out
 
-# %% ../nbs/06_metrics.ipynb #412017a6
+# %% ../nbs/06_metrics.ipynb #c2d23d07
 def auc_gap(
     generated:tuple, # `classifier_scores` of generated cells
     control:tuple, # `classifier_scores` of other real cells in their place
@@ -210,7 +210,7 @@ def auc_gap(
             out = out+((w@above)*v).sum(1)
         return out/(fold.max()+1)
     d = draws(*generated)-draws(*control)
-    return float(d[0]),*np.quantile(d[1:], [0.025,0.975])
+    return float(d[0]),*(float(v) for v in np.quantile(d[1:], [0.025,0.975]))
 
 # %% ../nbs/06_metrics.ipynb #3242caa9
 def mmd_bandwidth(

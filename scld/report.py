@@ -85,14 +85,14 @@ def table(self:Report)->pd.DataFrame: # A row for each metric, rounded
     rows = {k: dict(generated=m['generated'], control=m['control'], low=m['low'], high=m['high'], p=m['p'], verdict='differs' if m['differs'] else '', **m['nulls']) for k,m in self.metrics.items()}
     return pd.DataFrame(rows).T.infer_objects().round(3)
 
-# %% ../nbs/06c_report.ipynb #a298c996
+# %% ../nbs/06c_report.ipynb #efb79dd8
 @patch
 def verdict(self:Report)->str: # One or two sentences
     "What the tests together say"
     bad,leak = [k for k,m in self.metrics.items() if m['differs']],[k for k,m in self.privacy.items() if m['caught']]
-    n = self.settings['n_tests']
-    said = f"{len(bad)+len(leak)} of {n} tests tell them from real cells the generator has not seen" if bad or leak else f"None of {n} tests tells them from real cells the generator has not seen"
-    return said + (': '+', '.join(bad+leak) if bad or leak else '') + '.' + (' Training cells leak.' if leak else '')
+    n,k = self.settings['n_tests'],len(bad)+len(leak)
+    said = f"{k} of {n} tests {'tells' if k==1 else 'tell'} them from real cells the generator has not seen" if k else f"None of {n} tests tells them from real cells the generator has not seen"
+    return said + (': '+', '.join(bad+leak) if k else '') + '.' + (' Training cells leak.' if leak else '')
 
 # %% ../nbs/06c_report.ipynb #febd6931
 def _warnings(sets, metrics, n, labels):
@@ -149,13 +149,13 @@ def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     privacy = audit(sets['train'].X, sets['real'].X, sets['synth'].X, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
     return found,privacy,scores,K
 
-# %% ../nbs/06c_report.ipynb #0a4abb44
+# %% ../nbs/06c_report.ipynb #fbbad766
 def evaluate(
     real:AnnData, # Real cells that the generator has not seen; counts in `X`
     synth:AnnData, # Generated cells; counts in `X`
     train:AnnData|None=None, # Real cells that it has learnt from, for floor and audit; absent: halves of `real` are the floor
     labels:str|None=None, # Column of `obs` with the kinds of cells
-    n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 100
+    n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 30
     n_cells:int=1500, # At most this many cells of each set
     n_perm:int=999, # Times the pool is dealt anew
     seed:int=0, # Same seed, same figures
@@ -166,11 +166,11 @@ def evaluate(
     cells = _cut(sets, n_cells, seed)
     found,privacy,scores,K = _tests(sets, cells, labels, n_trees, n_perm, seed)
     floor,floor_scores = _compare(cells['real'], cells['train'], labels, n_trees, 0, seed)
-    ruined = {k: _compare(cells['real'], a, labels, min(n_trees, 100), 0, seed)[0] for k,a in _nulls(cells['train'], labels, seed).items()} if nulls else {}
+    ruined = {k: _compare(cells['real'], a, labels, min(n_trees, 30), 0, seed)[0] for k,a in _nulls(cells['train'], labels, seed).items()} if nulls else {}
     n = cells['real'].n_obs
     metrics = {k: dict(generated=b.pop('value'), control=float(floor[k][0]), n=n, **b, nulls={m: float(v[k][0]) for m,v in ruined.items()}) for k,b in found.items()}
     for k in scores: metrics[k]['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
-    types = _by_type(*cells.values(), labels, min(n_trees, 100), seed) if labels else pd.DataFrame()
+    types = _by_type(*cells.values(), labels, min(n_trees, 30), seed) if labels else pd.DataFrame()
     settings = dict(n_cells=n, n_tests=K, n_genes=real.n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
     return Report(metrics, types, privacy, _warnings(sets, metrics, n, labels), cells, settings)
 
@@ -373,7 +373,7 @@ def _panel(report, name, dpi=130):
         key = '<p class="key">'+' '.join(f'<span><span style="color:{to_hex(h.get_facecolor()[0])};margin:0">●</span> {escape(t)}</span>' for h,t in zip(*axs[0].get_legend_handles_labels()))+'</p>'
     return f'<figure{" class=w" if n>1 else ""}><div>{images}</div>{key}<figcaption><b>{escape(name)}.</b> {sentence}</figcaption></figure>'
 
-# %% ../nbs/06c_report.ipynb #4bd670bb
+# %% ../nbs/06c_report.ipynb #881ae97a
 @patch
 def to_html(self:Report,
     path:str|Path, # File to write
@@ -391,7 +391,7 @@ def to_html(self:Report,
 <h2>Every metric, beside real cells</h2><p class="n">{s['n_cells']} generated cells against {s['n_cells']} real ones that the generator has not seen. The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the generated ones.
 The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew; outside, it <b>differs</b> ({s['n_tests']} tests share a level of 5 %). <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells, Poisson noise at the means.</p>
 {_table(_metric_rows(self.metrics, 'differs', 'differs'))}{types}{private}
-<footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees, at most 100 for nulls and types; {s['n_perm']} deals; seed {s['seed']}.</footer></html>''', encoding='utf-8')
+<footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees, at most 30 for nulls and types; {s['n_perm']} deals; seed {s['seed']}.</footer></html>''', encoding='utf-8')
     return Path(path)
 
 # %% ../nbs/06c_report.ipynb #b7a8a606

@@ -248,6 +248,22 @@ def fit(
     model.eval()
     return history
 
+# %% ../nbs/01_autoencoder.ipynb #d4e7a87b
+@patch
+@torch.no_grad()
+def calibrate(self:Autoencoder,
+    batches, # Function without arguments that yields batches of counts, shape (n, n_genes)
+    rounds:int=3, # Passes over the batches
+)->Autoencoder: # Itself
+    "Shift the last bias until expected totals are the observed ones, equation (A5)"
+    for _ in range(rounds):
+        seen = expected = 0
+        for x in batches():
+            z = self.encode(x)
+            seen,expected = seen+x.sum(0),expected+self.decode(z+self.noise*torch.randn_like(z), x.sum(1, keepdim=True)).sum(0)
+        self.decoder[-1].bias += ((seen+1)/(expected+1)).log()
+    return self
+
 # %% ../nbs/01_autoencoder.ipynb #bcc40c63
 class Standardize(nn.Module):
     "Zero mean and unit variance per dimension, and back"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['defaults', 'configs', 'BLOCK', 'SCLD']
 
-# %% ../nbs/05a_model.ipynb #6ec5eccd
+# %% ../nbs/05a_model.ipynb #dbb630f0
 import hashlib,json,os,shutil,sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 from . import __version__
 from .autoencoder import Autoencoder,Standardize,fit,seeded
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
-from .diffusion import NoiseSchedule,linear_betas,timesteps,sample as run_sampler
+from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
 from .stream import CountStream
 from .unet import UNet
 
-# %% ../nbs/05a_model.ipynb #d5462484
+# %% ../nbs/05a_model.ipynb #baef221e
 defaults = dict(
     likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's)
     n_latent=32, # Size of the autoencoder's latent
@@ -40,6 +40,9 @@ defaults = dict(
     widths=(256,192,128), # Widths of the U-Net, outermost first
     n_emb=128, # Size of the embedding of step and condition
     dropout=0.1, # Share of units that the U-Net drops while training
+    backbone='mlp', # Layers of the U-Net: `mlp` or `conv`
+    fusion='add', # How step and condition are heard: `add`, `cat` or `attention`
+    predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
     min_cells=5, # Labels with fewer cells cannot be asked for
@@ -58,7 +61,7 @@ def _settings(config, given):
         if k not in defaults: raise TypeError(f"no setting {k!r}; did you mean {(get_close_matches(k, defaults, 1, 0) or ['?'])[0]!r}? The settings are {list(defaults)}")
     return {**defaults, **configs[config], **given}
 
-# %% ../nbs/05a_model.ipynb #9c479828
+# %% ../nbs/05a_model.ipynb #3f8214a3
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, makes new cells"
     def __init__(self,
@@ -77,7 +80,7 @@ class SCLD:
         self._X,self._label = data.X,torch.tensor(label.codes.astype(np.int64))
         self._library,self._totals = (data.library,data.gene_totals) if data is data.X else (data.X.sum(1).A1,data.X.sum(0).A1)
         self.cells = library_model(self._library, label)
-        with seeded(0): self._build(cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(self.categories)))
+        with seeded(0): self._build(cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(self.categories), min_cells=1))
 
 # %% ../nbs/05a_model.ipynb #5ddf3798
 def _cells(adata, layer):
@@ -85,7 +88,7 @@ def _cells(adata, layer):
     if isinstance(adata, CountStream): return adata
     return CountStream(adata, layer) if getattr(adata, 'isbacked', False) else read_counts(adata, layer)
 
-# %% ../nbs/05a_model.ipynb #88fe0ddc
+# %% ../nbs/05a_model.ipynb #db8e905b
 @patch
 def _build(self:SCLD,
     means:torch.Tensor, # Conditions, the global one last, shape (K+1, n_genes)
@@ -95,11 +98,11 @@ def _build(self:SCLD,
     self.net = nn.ModuleDict(dict(
         ae=Autoencoder(G, s['n_latent'], s['n_hidden'], s['drop_hidden'], s['drop_genes'], s['likelihood'], s['noise']),
         scale=Standardize(s['n_latent']+1),
-        denoiser=Denoiser(UNet(s['n_latent']+1, tuple(s['widths']), s['n_emb'], s['dropout']), means),
+        denoiser=Denoiser(UNet(s['n_latent']+1, tuple(s['widths']), s['n_emb'], s['dropout'], s['backbone'], s['fusion']), means),
         labeller=nn.Linear(s['n_latent']+1, K),
         scorer=Scorer(G)))
     self.net.register_buffer('library', torch.zeros(2))
-    self.sched = NoiseSchedule(linear_betas(s['T']))
+    self.sched = NoiseSchedule(linear_betas(s['T']), s['predict'])
 
 # %% ../nbs/05a_model.ipynb #290f33c9
 @patch(as_prop=True)
@@ -129,7 +132,7 @@ def _held_out(self:SCLD, seed):
     size = min(round(self.settings['validation']*n), 1000)
     return split(self._label.numpy(), (size,n-size), seed)[0] if size>=20 else np.empty(0, int)
 
-# %% ../nbs/05a_model.ipynb #775db14f
+# %% ../nbs/05a_model.ipynb #047908a8
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
@@ -145,6 +148,15 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     how = dict(validate=validate, every=50) if len(held) else {}
     loss = fit(ae, lambda i: ae.loss(self._counts(batch(i))), source, steps, lr=2e-3, seed=seed, desc='autoencoder', **how, **kw)
     self._record('autoencoder', loss, looks)
+    if self.settings['likelihood']!='mse': self._calibrate(seed)
+
+# %% ../nbs/05a_model.ipynb #90688f42
+@patch
+def _calibrate(self:SCLD, seed, at_most=20_000):
+    "Expected totals of genes as observed, equation (A5)"
+    n = len(self._label)
+    rows = np.arange(n) if n<=at_most else np.sort(np.random.default_rng(seed).choice(n, at_most, replace=False))
+    with seeded(seed): self.net.ae.calibrate(lambda: (self._counts(i) for i in np.array_split(rows, -(-len(rows)//500))))
 
 # %% ../nbs/05a_model.ipynb #090b15cb
 @patch
@@ -199,12 +211,12 @@ def _fit_labeller(self:SCLD,
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
 
-# %% ../nbs/05a_model.ipynb #f9fbfa6c
+# %% ../nbs/05a_model.ipynb #5b6a3a19
 @patch
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
     n,seed = min(len(self._label), 2000),kw['seed']
-    fake = self._make(partial(self._block, guidance=-1., keep=1., steps=50), np.full(n, len(self.categories)), (seed,1))[0]
+    fake = self._make(partial(self._block, guidance=-1., keep=1., steps=25), np.full(n, len(self.categories)), (seed,1))[0]
     fake = torch.from_numpy(fake.toarray()).to(self.device)
     real = self._counts(np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False)))
     self.net.scorer = fit_scorer(real, fake, steps, desc='scorer', **kw)
@@ -241,7 +253,7 @@ def _device(name):
 # %% ../nbs/05a_model.ipynb #7e58e385
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering
 
-# %% ../nbs/05a_model.ipynb #2b3b773e
+# %% ../nbs/05a_model.ipynb #216db19e
 @patch
 @torch.no_grad()
 def _draw(self:SCLD,
@@ -252,7 +264,7 @@ def _draw(self:SCLD,
 )->tuple: # Counts, shape (n, n_genes), and standardised latents, shape (n, n_latent+1)
     "Denoise, decode and draw some cells, Algorithm 2"
     zT = torch.from_numpy(rng.standard_normal((len(cond), len(self.net.scale.mean)), dtype=np.float32)).to(self.device)
-    z = run_sampler(denoiser, zT, self.sched, torch.from_numpy(cond).to(self.device), steps)
+    z = run_sampler(denoiser, zT, self.sched, torch.from_numpy(cond).to(self.device), snr_timesteps(self.sched, steps), dpm_step)
     raw = self.net.scale.inverse(z)
     return self.net.ae.draw(raw[:,:-1], raw[:,-1:].exp().clamp(*self.net.library.tolist()), rng), z
 
@@ -300,13 +312,13 @@ def _request(self:SCLD,
     if not want: raise ValueError("no cells asked for: pass a number, or {'label': number}")
     return np.repeat([len(self.categories) if k is None else self.categories.index(k) for k in want], list(want.values()))
 
-# %% ../nbs/05a_model.ipynb #c16a8e09
+# %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
     n:int|dict, # Number of cells of all kinds (holistic), or numbers by label: `{"NK": 500, "B": 200}`
     guidance:float=0., # ω of (13) for cells asked for by label: 0 follows the label, above 0 exaggerates it
     keep:float=1., # Share of generated cells to keep, best score first: 0.8 in the paper, 1 for no filter
-    steps:int=50, # Network evaluations a cell
+    steps:int=25, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     progress:bool=False, # Show a bar on stderr?
@@ -314,7 +326,7 @@ def sample(self:SCLD,
     "Make new cells: holistic ones, or cells of given labels by equation (13)"
     label,holistic = self._request(n),not isinstance(n, dict)
     if not -1<=guidance<=100: raise ValueError(f"guidance={guidance} must be between -1 and 100")
-    timesteps(len(self.sched), steps)
+    snr_timesteps(self.sched, steps)
     block = partial(self._block, guidance=-1. if holistic else guidance, keep=keep, steps=steps)
     made = self._make(block, label, (seed,0), max(batch_size//BLOCK, 1), progress)
     asked = str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()})
@@ -355,14 +367,14 @@ def plot_history(self:SCLD):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05a_model.ipynb #41be9393
+# %% ../nbs/05a_model.ipynb #7ec038cd
 @patch
 def interpolate(self:SCLD,
     a:str, # Label to start from
     b:str, # Label to arrive at
     n:int, # Number of cells, evenly spread from `a` to `b`
     guidance:float=0., # ω of (13)
-    steps:int=50, # Network evaluations a cell
+    steps:int=25, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
 )->AnnData: # Counts in `X` (CSR); place between the labels, from 0 to 1, in `obs["weight"]`
     "Cells on the way from one label to another, equation (M2)"

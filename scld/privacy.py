@@ -11,22 +11,22 @@ import numpy as np
 from scipy import sparse
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
-# %% ../nbs/06a_privacy.ipynb #062ce530
-def _rows(X):
+# %% ../nbs/06a_privacy.ipynb #8aec566c
+def _keys(X):
     "Every row of `X` as bytes that depend on its values only"
     X = sparse.csr_matrix(X, dtype=np.float64, copy=True)
     X.eliminate_zeros()
     X.sort_indices()
     return [X.indices[i:j].astype(np.int64).tobytes()+X.data[i:j].tobytes() for i,j in zip(X.indptr, X.indptr[1:])]
 
-# %% ../nbs/06a_privacy.ipynb #aca1d062
+# %% ../nbs/06a_privacy.ipynb #e3720768
 def exact_copies(
     real, # Real cells, counts, CSR or dense, shape (n, n_genes)
     made, # Generated cells, counts, shape (m, n_genes)
 )->np.ndarray: # Row of the real cell that each generated one equals, or -1, shape (m,)
     "Generated cells that are real ones, count by count"
-    known = {r: i for i,r in enumerate(_rows(real))}
-    return np.array([known.get(r, -1) for r in _rows(made)])
+    known = {r: i for i,r in enumerate(_keys(real))}
+    return np.array([known.get(r, -1) for r in _keys(made)])
 
 # %% ../nbs/06a_privacy.ipynb #c6bc24af
 def audit_space(

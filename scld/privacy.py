@@ -117,7 +117,7 @@ def nearer_by_type(
     types = np.asarray(types, str)
     return {str(t): float(near[types==t].mean()) for t in np.unique(types)}
 
-# %% ../nbs/06a_privacy.ipynb #4b4db859
+# %% ../nbs/06a_privacy.ipynb #b1208cce
 def audit(
     train, # Training cells, counts, CSR or dense, shape (n, n_genes)
     held, # Held-out real cells, counts, shape (h, n_genes)
@@ -129,6 +129,7 @@ def audit(
     seed:int=0, # Same seed, same result
 )->dict: # Question: dict of `value`, `p`, `low`, `high` and `caught`
     "Does a generator give its training cells away?"
+    if 1/(1+n_perm)>level/4: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by 4 questions; n_perm must be at least {int(np.ceil(4/level))-1}")
     z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
     same = exact_copies(sparse.vstack([train,held]), made)
     votes = np.bincount(same[same>=0], minlength=train.shape[0]+held.shape[0])

@@ -139,11 +139,12 @@ def _cut(sets, n_cells, seed):
     n = min(n_cells, *(a.n_obs for a in sets.values()))
     return {k: draw(sets[k], n) for k in ('real','synth','train')}
 
-# %% ../nbs/06c_report.ipynb #64366be9
+# %% ../nbs/06c_report.ipynb #ad3a027b
 def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     "What chance says of every metric, of every question of the audit; the scores of the forests; the number of tests"
     got,scores = _compare(cells['real'], cells['synth'], labels, n_trees, n_perm, seed)
     K = len(got)+4*('train' in sets)
+    if 1/(1+n_perm)>level/K: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by {K} tests; n_perm must be at least {int(np.ceil(K/level))-1}")
     found = {k: beyond_chance(v, level/K) for k,v in got.items()}
     for v in found.values(): v['differs'] = v['p']<=level/K
     privacy = audit(sets['train'].X, sets['real'].X, sets['synth'].X, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
@@ -191,7 +192,7 @@ def plot_embedding(
         for j,k in enumerate(sorted(set(np.concatenate(kind)))): ax.scatter(*zi[ki==k].T, s=5, color=f'C{j%10}', marker='osv^D'[j//10%5], label=k)
         ax.set(title=f'{name} ({len(zi)} cells)', xticks=[], yticks=[], xlim=(z[:,0].min()-2,z[:,0].max()+2), ylim=(z[:,1].min()-2,z[:,1].max()+2))
 
-# %% ../nbs/06c_report.ipynb #85c47f01
+# %% ../nbs/06c_report.ipynb #e116069c
 def plot_types(
     report:Report, # What `evaluate` returned
     axs, # One axes, in a list
@@ -201,9 +202,9 @@ def plot_types(
     for name,color,shift in (('generated','C1',0.2), ('control','0.7',-0.2)): axs[0].barh(np.arange(len(t))+shift, t[f'AUC, {name}'], 0.38, color=color, label='real control' if name=='control' else name)
     axs[0].axvline(0.5, c='k', lw=0.8)
     axs[0].set(xlim=(0,1), yticks=range(len(t)), yticklabels=t.index, xlabel='AUC, 50 components', title='Forest, type by type')
-    axs[0].legend(loc='lower right', fontsize=8)
+    axs[0].legend(loc='upper center', bbox_to_anchor=(0.5,-0.2), ncols=2, fontsize=8, frameon=False)
 
-# %% ../nbs/06c_report.ipynb #053849af
+# %% ../nbs/06c_report.ipynb #d1ec038b
 def plot_markers(
     report:Report, # What `evaluate` returned
     axs, # Two axes: real, generated
@@ -222,6 +223,7 @@ def plot_markers(
         ax.scatter(x, y, s=70*s[:,genes].T, c=m[:,genes].T, cmap='Reds', vmin=0, vmax=real[:,genes].max(), edgecolors='0.7', lw=0.3)
         ax.set(title=f'markers, {name}', xticks=range(len(kinds)), yticks=range(len(genes)), yticklabels=report.cells['real'].var_names[genes])
         ax.set_xticklabels(kinds, rotation=90)
+        ax.tick_params(labelsize=min(8, 130/len(genes)))
         ax.margins(0.08, 0.06)
 
 # %% ../nbs/06c_report.ipynb #74599897
@@ -276,10 +278,10 @@ def plot_nearest(
     axs[0].set(xlabel='distance to the nearest training cell', ylabel='cells', title='Nearest training cell')
     axs[0].legend(fontsize=8)
 
-# %% ../nbs/06c_report.ipynb #049d50ef
+# %% ../nbs/06c_report.ipynb #34707a9a
 _panels = { # Name: function, axes, size of one in inches, what it needs, sentence
     'Embedding': (plot_embedding, 2, (4.2,3.6), None, 'One t-SNE of both sets, drawn apart. Good: the same islands, filled to the same degree, in the same colours. Islands among generated cells only are inventions; among real cells only, losses.'),
-    'Markers': (plot_markers, 2, (4.2,5), 'types', 'Genes that mark a type in real cells: colour is the mean, size the share of cells that have a count. Good: the same diagonal on both sides.'),
+    'Markers': (plot_markers, 2, (4.2,5.2), 'types', 'Genes that mark a type in real cells: colour is the mean, size the share of cells that have a count. Good: the same diagonal on both sides.'),
     'Types': (plot_types, 1, (4.2,3.6), 'types', 'How often a forest, looking inside one type, ranks a real cell above a generated one. Good: orange bars as long as the grey ones, which are real against real. 0.5 is guessing.'),
     'Library sizes': (plot_library, 1, (4.2,3.2), None, 'How many molecules a cell has. Good: the line follows the filled shape.'),
     'Mean and variance': (plot_mean_variance, 1, (4.2,3.2), None, 'One mark a gene. Good: crosses lie on circles. Crosses below are too smooth, crosses above too noisy.'),

@@ -275,10 +275,11 @@ def top_genes(
     "The most variable genes, by dispersion on scaled and logged counts (scanpy)"
     return adata[:,_variable(adata.X, n_top_genes)].copy()
 
-# %% ../nbs/00_data.ipynb #5c5130c1
+# %% ../nbs/00_data.ipynb #a677cc6d
 def read_labels(
     adata, # Cells by genes, with `obs`
     key:str, # Column of `obs`
+    few:int=3, # Warn of labels with fewer cells; 0: never
 )->pd.Categorical: # Label of each cell, shape (n_cells,)
     "The labels in `obs[key]`, checked"
     if key not in adata.obs: raise KeyError(f"no column {key!r} in obs; did you mean {get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'}? The columns are {list(adata.obs)}")
@@ -289,11 +290,11 @@ def read_labels(
     unused = set(cats.categories)-set(col)
     if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
     labels = pd.Categorical(col.astype(str), categories=[str(c) for c in cats.categories if c not in unused])
-    _warn_small(labels, key)
+    _warn_small(labels, key, few)
     return labels
 
-# %% ../nbs/00_data.ipynb #66799fb0
-def _warn_small(labels, key, few=3):
+# %% ../nbs/00_data.ipynb #5d146bb3
+def _warn_small(labels, key, few):
     "Warn of labels with fewer than `few` cells"
     n = labels.value_counts()
     small = n[n<few]

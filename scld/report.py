@@ -28,14 +28,14 @@ def _align(a, genes, name):
         raise ValueError(f"{name} lacks {len(missing)} genes of the real cells (first {list(missing[:3])}) and has {len(extra)} that they lack (first {list(extra[:3])}); take the same genes on both sides")
     return a if genes.equals(a.var_names) else a[:,genes].copy()
 
-# %% ../nbs/06c_report.ipynb #5c0a80e0
+# %% ../nbs/06c_report.ipynb #86294df5
 def _read(sets, labels):
     "Checked counts of every set, genes aligned to the first, labels as strings; errors name the set"
     out = {}
     for name,a in sets.items():
         try:
             out[name] = read_counts(a)
-            if labels: out[name].obs[labels] = np.asarray(read_labels(out[name], labels), str)
+            if labels: out[name].obs[labels] = np.asarray(read_labels(out[name], labels, few=0), str)
         except (ValueError,KeyError,TypeError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
         if out[name].n_obs<10: raise ValueError(f"{name} has {out[name].n_obs} cells; at least 10 are needed, and some hundreds to conclude anything")
     genes = next(iter(out.values())).var_names

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['standard_cells', 'judge', 'judge_types', 'run', 'keep_runs', 'table']
 
-# %% ../nbs/07_experiments.ipynb #2d63e9c3
+# %% ../nbs/07_experiments.ipynb #ed0e56e4
 import json,platform,time
 from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData
 from . import __version__
-from .data import filter_genes,find_data,read_counts,split
+from .data import filter_genes,find_data,lognorm,read_counts,split
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
 from .model import SCLD
 
@@ -27,7 +27,7 @@ def standard_cells(
     rest,test = split(adata.obs[labels], (adata.n_obs-n_test,n_test), seed)
     return adata[rest].copy(),adata[test].copy()
 
-# %% ../nbs/07_experiments.ipynb #02245404
+# %% ../nbs/07_experiments.ipynb #d48cd15a
 def judge(
     test:AnnData, # Test cells
     made:AnnData, # Cells to judge, as many
@@ -36,7 +36,7 @@ def judge(
     seed:int=0, # Same seed, same judgement
 )->dict: # Figures by name
     "How near `made` is to `test`"
-    x,y,out = test.X,made.X,{}
+    x,y,out = lognorm(test.X),lognorm(made.X),{}
     for name,protocol in (('genes','genes-5fold'),('pcs','pcs-5fold')):
         folds = rf_auc(x, y, protocol, n_trees, seed)
         out[f'auc_{name}'],out[f'auc_{name}_sd'] = float(folds.mean()),float(folds.std())
@@ -47,7 +47,7 @@ def judge(
     out['types_off'] = float(type_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
     return out
 
-# %% ../nbs/07_experiments.ipynb #e449e86b
+# %% ../nbs/07_experiments.ipynb #7913073b
 def judge_types(
     model:SCLD, # Trained
     test:AnnData, # Test cells
@@ -59,7 +59,7 @@ def judge_types(
     "AUC of each type, asked for by name, against the test cells of that type"
     n = test.obs[labels].value_counts()
     made = model.sample({t: int(k) for t,k in n.items() if k>=20}, guidance=guidance, seed=seed)
-    def cells(a, t): return a.X[(a.obs[labels]==t).to_numpy()]
+    def cells(a, t): return lognorm(a.X[(a.obs[labels]==t).to_numpy()])
     return {t: float(rf_auc(cells(test, t), cells(made, t), 'genes-5fold', n_trees, seed).mean()) for t in n.index if n[t]>=20}
 
 # %% ../nbs/07_experiments.ipynb #f5e18f3e

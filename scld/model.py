@@ -132,7 +132,7 @@ def _held_out(self:SCLD, seed):
     size = min(round(self.settings['validation']*n), 1000)
     return split(self._label.numpy(), (size,n-size), seed)[0] if size>=20 else np.empty(0, int)
 
-# %% ../nbs/05a_model.ipynb #047908a8
+# %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
@@ -140,8 +140,10 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     free = np.ones(len(self._label), bool)
     free[held] = False
     rows = np.flatnonzero(free)
+    known = self._X[held] if len(held) else None
     def validate(ae):
-        with seeded(seed): looks.append(np.mean([ae.loss(self._counts(i)).item() for i in np.array_split(held, -(-len(held)//250))]))
+        parts = (torch.from_numpy(known[i:i+250].toarray()).to(self.device) for i in range(0, len(held), 250))
+        with seeded(seed): looks.append(np.mean([ae.loss(p).item() for p in parts]))
         return looks[-1]
     if isinstance(self._X, CountStream): source,batch = self._X,lambda i: i[free[i]]
     else: source,batch = len(rows),lambda i: rows[i]

@@ -213,21 +213,20 @@ def _fit_labeller(self:SCLD,
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
 
-# %% ../nbs/05a_model.ipynb #5b6a3a19
+# %% ../nbs/05a_model.ipynb #2ed2fd8f
 @patch
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
-    n,seed = min(len(self._label), 2000),kw['seed']
+    n,seed = min(len(self._label), 10_000),kw['seed']
     fake = self._make(partial(self._block, guidance=-1., keep=1., steps=25), np.full(n, len(self.categories)), (seed,1))[0]
-    fake = torch.from_numpy(fake.toarray()).to(self.device)
-    real = self._counts(np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False)))
-    self.net.scorer = fit_scorer(real, fake, steps, desc='scorer', **kw)
+    real = self._X[np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False))]
+    self.net.scorer = fit_scorer(real, fake, steps, device=self.device, desc='scorer', **kw)
 
-# %% ../nbs/05a_model.ipynb #3c81cb1a
+# %% ../nbs/05a_model.ipynb #fb732274
 @patch
 def train(self:SCLD,
-    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a quarter of them, or 60 passes over the cells if that is less; the scorer a twentieth
-    batch_size:int=128, # Cells a step
+    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a quarter of them, or 60 passes over the cells if that is less; the scorer a sixth
+    batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
     progress:bool=True, # Show bars on stderr?
@@ -240,8 +239,8 @@ def train(self:SCLD,
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
     self._fit_autoencoder(max(min(steps//4, 60*len(self._label)//batch_size), 5), **kw)
-    self._fit_diffusion(steps, **kw)
-    self._fit_scorer(steps//20, **kw)
+    self._fit_diffusion(steps, **kw | dict(batch_size=2*batch_size))
+    self._fit_scorer(steps//6, **kw)
     self.trained = True
     return self
 

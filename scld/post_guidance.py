@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Scorer', 'fit_scorer', 'keep_best', 'candidates']
 
-# %% ../nbs/05_post_guidance.ipynb #aceaeeda
+# %% ../nbs/05_post_guidance.ipynb #e9b62c18
 import math
 from collections import Counter
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
+from scipy import sparse
 from torch import nn
 from .autoencoder import fit,lognorm_tensor,seeded
 
@@ -41,18 +42,20 @@ def loss(self:Scorer,
     "Cross entropy of real against generated"
     return F.cross_entropy(self(lognorm_tensor(counts)), real)
 
-# %% ../nbs/05_post_guidance.ipynb #ff69566e
+# %% ../nbs/05_post_guidance.ipynb #0ad37f61
 def fit_scorer(
-    real:torch.Tensor, # Counts of training cells, shape (n, n_genes)
-    fake:torch.Tensor, # Counts of generated cells, shape (m, n_genes)
-    steps:int=300, # Optimiser steps
+    real:sparse.csr_matrix, # Counts of training cells, shape (n, n_genes)
+    fake:sparse.csr_matrix, # Counts of generated cells, shape (m, n_genes)
+    steps:int=1000, # Optimiser steps
     seed:int=0, # Same seed, same scorer
+    device='cpu', # Where to train
     **kwargs, # Passed on to `fit`
 )->Scorer: # Trained, in evaluation mode
     "Train a scorer on training cells against generated ones"
-    with seeded(seed): scorer = Scorer(real.shape[1]).to(real.device)
-    counts,is_real = torch.cat([real,fake]),torch.arange(len(real)+len(fake), device=real.device)<len(real)
-    fit(scorer, lambda i: scorer.loss(counts[i], is_real[i].long()), len(counts), steps, seed=seed, **kwargs)
+    with seeded(seed): scorer = Scorer(real.shape[1]).to(device)
+    counts,n = sparse.vstack([real,fake], format='csr'),real.shape[0]
+    def loss(i): return scorer.loss(torch.from_numpy(counts[i.numpy()].toarray()).to(device), (i<n).long().to(device))
+    fit(scorer, loss, counts.shape[0], steps, seed=seed, **kwargs)
     return scorer
 
 # %% ../nbs/05_post_guidance.ipynb #06a8d936

@@ -31,10 +31,11 @@ from .unet import UNet
 # %% ../nbs/05a_model.ipynb #baef221e
 defaults = dict(
     likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's)
-    n_latent=32, # Size of the autoencoder's latent
+    n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
-    noise=0.5, # Standard deviation of the noise on latents while training
-    drop_genes=0.3, # Share of genes hidden from the encoder while training
+    noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
+    reads='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (all genes, scaled and logged; the paper's)
+    prior=0.08, # Standard deviation that weights of the decoder's last layer are expected to have; 0 for no expectation
     drop_hidden=0.1, # Share of the autoencoder's hidden units dropped while training
     validation=0.1, # Share of the training cells, at most 1,000, on which the autoencoder's training is stopped; 0 for none
     widths=(256,192,128), # Widths of the U-Net, outermost first
@@ -51,7 +52,7 @@ defaults = dict(
 # %% ../nbs/05a_model.ipynb #516028bf
 configs = dict(
     default={},
-    paper=dict(likelihood='mse', n_latent=128, noise=0., drop_genes=0., drop_hidden=0., validation=0., steps=20_000))
+    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., drop_hidden=0., validation=0., steps=20_000))
 
 # %% ../nbs/05a_model.ipynb #884b3dbb
 def _settings(config, given):
@@ -96,7 +97,7 @@ def _build(self:SCLD,
     "Make the networks, untrained, and the schedule"
     s,G,K = self.settings,len(self.genes),len(self.categories)
     self.net = nn.ModuleDict(dict(
-        ae=Autoencoder(G, s['n_latent'], s['n_hidden'], s['drop_hidden'], s['drop_genes'], s['likelihood'], s['noise']),
+        ae=Autoencoder(G, s['n_latent'], s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior']),
         scale=Standardize(s['n_latent']+1),
         denoiser=Denoiser(UNet(s['n_latent']+1, tuple(s['widths']), s['n_emb'], s['dropout'], s['backbone'], s['fusion']), means),
         labeller=nn.Linear(s['n_latent']+1, K),
@@ -136,29 +137,36 @@ def _held_out(self:SCLD, seed):
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
-    ae,held,looks = self.net.ae.start_at(torch.tensor(self._totals/self._totals.sum(), dtype=torch.float32, device=self.device)),self._held_out(seed),[]
+    ae,held,looks = self.net.ae,self._held_out(seed),[]
     free = np.ones(len(self._label), bool)
     free[held] = False
     rows = np.flatnonzero(free)
+    share = torch.tensor(self._totals/self._totals.sum(), dtype=torch.float32, device=self.device)
+    ae.start_at(share, self._some(rows, seed), len(rows))
     known = self._X[held] if len(held) else None
     def validate(ae):
         parts = (torch.from_numpy(known[i:i+250].toarray()).to(self.device) for i in range(0, len(held), 250))
-        with seeded(seed): looks.append(np.mean([ae.loss(p).item() for p in parts]))
+        with seeded(seed): looks.append(np.mean([ae.bound(p).item() for p in parts]))
         return looks[-1]
     if isinstance(self._X, CountStream): source,batch = self._X,lambda i: i[free[i]]
     else: source,batch = len(rows),lambda i: rows[i]
     how = dict(validate=validate, every=50) if len(held) else {}
-    loss = fit(ae, lambda i: ae.loss(self._counts(batch(i))), source, steps, lr=2e-3, seed=seed, desc='autoencoder', **how, **kw)
+    loss = fit(ae, lambda i: ae.loss(self._counts(batch(i))), source, steps, lr=4e-3, seed=seed, desc='autoencoder', **how, **kw)
     self._record('autoencoder', loss, looks)
     if self.settings['likelihood']!='mse': self._calibrate(seed)
 
 # %% ../nbs/05a_model.ipynb #90688f42
 @patch
-def _calibrate(self:SCLD, seed, at_most=20_000):
+def _some(self:SCLD, rows, seed, at_most=20_000):
+    "Blocks of counts of the cells `rows`, or of `at_most` of them drawn at random"
+    if len(rows)>at_most: rows = np.sort(np.random.default_rng(seed).choice(rows, at_most, replace=False))
+    return (self._counts(i) for i in np.array_split(rows, -(-len(rows)//500)))
+
+# %% ../nbs/05a_model.ipynb #8db89433
+@patch
+def _calibrate(self:SCLD, seed):
     "Expected totals of genes as observed, equation (A5)"
-    n = len(self._label)
-    rows = np.arange(n) if n<=at_most else np.sort(np.random.default_rng(seed).choice(n, at_most, replace=False))
-    with seeded(seed): self.net.ae.calibrate(lambda: (self._counts(i) for i in np.array_split(rows, -(-len(rows)//500))))
+    with seeded(seed): self.net.ae.calibrate(lambda: self._some(np.arange(len(self._label)), seed))
 
 # %% ../nbs/05a_model.ipynb #090b15cb
 @patch
@@ -172,26 +180,26 @@ def _record(self:SCLD, stage, loss, looks=(), every=50):
 # %% ../nbs/05a_model.ipynb #80868348
 @patch
 @torch.no_grad()
-def _latents(self:SCLD)->torch.Tensor:
-    "Latents of all training cells with their log library size, shape (n, n_latent+1)"
+def _latents(self:SCLD)->tuple:
+    "Latents of all training cells with their log library size, and the standard deviations of their noise, shape (n, n_latent+1) each"
     library = torch.from_numpy(self._library).float().to(self.device)
     self.net.library = torch.stack([library.min(), library.max()])
-    z = torch.empty(len(library), self.settings['n_latent']+1, device=self.device)
+    z,s = torch.zeros(2, len(library), self.settings['n_latent']+1, device=self.device)
     z[:,-1] = library.log()
-    for i in torch.arange(len(z)).split(1024): z[i,:-1] = self.net.ae.encode(self._counts(i))
-    return z
+    for i in torch.arange(len(z)).split(1024): z[i,:-1],s[i,:-1] = self.net.ae.posterior(self._counts(i))
+    return z,s
 
 # %% ../nbs/05a_model.ipynb #cafe383c
 @patch
 def _fit_diffusion(self:SCLD, steps, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
-    z,label,net,s = self._latents(),self._label.to(self.device),self.net,self.settings
+    (z,sd),label,net,s = self._latents(),self._label.to(self.device),self.net,self.settings
     cond = torch.where(torch.tensor(self.cells['n'].to_numpy()<s['min_cells'])[self._label], len(self.categories), self._label).to(self.device)
-    sd = torch.tensor([s['noise']]*s['n_latent']+[0.], device=z.device)
+    spread = sd.square().mean(0).sqrt()
     net.scale.fit(z)
-    net.scale.std = (net.scale.std**2+sd**2).sqrt()
-    self._fit_labeller(net.scale(z), label, sd/net.scale.std)
-    def loss(i): return net.denoiser.loss(self.sched, net.scale(z[i]+sd*torch.randn_like(z[i])), cond[i], s['share'])
+    net.scale.std = (net.scale.std**2+spread**2).sqrt()
+    self._fit_labeller(net.scale(z), label, spread/net.scale.std)
+    def loss(i): return net.denoiser.loss(self.sched, net.scale(z[i]+sd[i]*torch.randn_like(z[i])), cond[i], s['share'])
     self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=1e-3, ema=0.05, desc='diffusion', **kw))
 
 # %% ../nbs/05a_model.ipynb #e5326bcf
@@ -225,7 +233,7 @@ def _fit_scorer(self:SCLD, steps, **kw):
 # %% ../nbs/05a_model.ipynb #fb732274
 @patch
 def train(self:SCLD,
-    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a quarter of them, or 60 passes over the cells if that is less; the scorer a sixth
+    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a sixth of them, or 60 passes over the cells if that is less; the scorer a sixth
     batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
@@ -238,7 +246,7 @@ def train(self:SCLD,
     kw,device,self.trained,self.history = dict(batch_size=batch_size, seed=seed, progress=progress),_device(device),False,pd.DataFrame()
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
-    self._fit_autoencoder(max(min(steps//4, 60*len(self._label)//batch_size), 5), **kw)
+    self._fit_autoencoder(max(min(steps//6, 60*len(self._label)//batch_size), 5), **kw)
     self._fit_diffusion(steps, **kw | dict(batch_size=2*batch_size))
     self._fit_scorer(steps//6, **kw)
     self.trained = True

@@ -233,7 +233,7 @@ def _fit_scorer(self:SCLD, steps, **kw):
 # %% ../nbs/05a_model.ipynb #fb732274
 @patch
 def train(self:SCLD,
-    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a sixth of them, or 60 passes over the cells if that is less; the scorer a sixth
+    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a sixth of them, at most 1,000, and at most 60 passes over the cells; the scorer a sixth
     batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
@@ -246,7 +246,7 @@ def train(self:SCLD,
     kw,device,self.trained,self.history = dict(batch_size=batch_size, seed=seed, progress=progress),_device(device),False,pd.DataFrame()
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
-    self._fit_autoencoder(max(min(steps//6, 60*len(self._label)//batch_size), 5), **kw)
+    self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), **kw)
     self._fit_diffusion(steps, **kw | dict(batch_size=2*batch_size))
     self._fit_scorer(steps//6, **kw)
     self.trained = True

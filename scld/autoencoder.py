@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['likelihoods', 'features', 'seeded', 'nb_log_prob', 'Poisson', 'NegativeBinomial', 'lognorm_tensor', 'SquaredError',
-           'LogCounts', 'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'batches', 'fit',
-           'Standardize']
+           'LogCounts', 'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'batches', 'Checkpoint',
+           'History', 'fit', 'Standardize']
 
 # %% ../nbs/01_autoencoder.ipynb #56865f7e
-import contextlib,sys
+import contextlib,hashlib,json,os,signal,sys,threading
+from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import safe_open,SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -288,13 +291,14 @@ def batches(
     batch_size:int, # Rows a batch; at most `n` are taken
     steps:int, # Number of batches
     seed:int=0, # Same seed, same batches
+    start:int=0, # Batches to leave out at the beginning
 ):
-    "Yield `steps` index tensors of `batch_size` rows, reshuffled each epoch"
+    "Yield index tensors of `batch_size` rows, `steps` less `start` of them, reshuffled each epoch"
     size = min(batch_size, n)
     per_epoch = n//size
-    for step in range(steps):
+    for step in range(start, steps):
         epoch,i = divmod(step, per_epoch)
-        if i==0: order = torch.from_numpy(np.random.default_rng([seed,epoch]).permutation(n))
+        if i==0 or step==start: order = torch.from_numpy(np.random.default_rng([seed,epoch]).permutation(n))
         yield order[i*size:(i+1)*size]
 
 # %% ../nbs/01_autoencoder.ipynb #187b49dc
@@ -310,19 +314,139 @@ def param_groups(self:Autoencoder,
 # %% ../nbs/01_autoencoder.ipynb #4f9099e6
 class _Best:
     "The weights with the lowest validation loss so far"
-    def __init__(self, validate, patience): self.validate,self.patience,self.loss,self.since = validate,patience,np.inf,0
+    def __init__(self, validate, patience): self.validate,self.patience,self.looks,self.weights = validate,patience,[],{}
     @torch.no_grad()
     def look(self, model):
         "True when there was nothing better for `patience` looks"
-        loss,self.since = float(self.validate(model.eval())),self.since+1
-        if loss<self.loss: self.loss,self.since,self.weights = loss,0,{k: v.clone() for k,v in model.state_dict().items()}
-        return self.since>=self.patience
+        self.looks.append(float(self.validate(model.eval())))
+        best = int(np.argmin(self.looks))
+        if best==len(self.looks)-1: self.weights = _copy(model)
+        return len(self.looks)-1-best>=self.patience
+
+def _copy(model): return {k: v.clone() for k,v in model.state_dict().items()}
+
+# %% ../nbs/01_autoencoder.ipynb #950372cc
+class Checkpoint:
+    "One run of `fit` on disk: a single safetensors file, replaced in one move"
+    def __init__(self,
+        path:str|Path, # The file
+        run:dict, # What the run is, in values that JSON can hold; a file of another run is refused
+        every:int=200, # Steps between two writings
+    ): self.path,self.run,self.every = Path(path),json.loads(json.dumps(run)),every
+
+# %% ../nbs/01_autoencoder.ipynb #1433810f
+@patch
+def write(self:Checkpoint,
+    tensors:dict, # Arrays by name
+    info:dict, # The rest, in values that JSON can hold
+):
+    "Replace the file"
+    tensors,text = {k: v.detach().cpu().contiguous() for k,v in tensors.items()},json.dumps(dict(info, run=self.run))
+    tmp = self.path.with_name(self.path.name+'.part')
+    save_file(tensors, tmp, dict(info=text, sha256=_digest(tensors, text)))
+    with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+    os.replace(tmp, self.path)
+
+def _digest(tensors, text):
+    "SHA-256 of arrays, their names and a text, hexadecimal"
+    h = hashlib.sha256(text.encode())
+    for k,v in sorted(tensors.items()): h.update(f'{k}{tuple(v.shape)}{v.dtype}'.encode()+v.numpy().tobytes())
+    return h.hexdigest()
+
+# %% ../nbs/01_autoencoder.ipynb #971190ee
+@patch
+def read(self:Checkpoint)->tuple|None: # Arrays and the rest, or nothing where there is no file
+    "What `write` wrote; `ValueError` if the file is damaged or belongs to another run"
+    if not self.path.exists(): return None
+    try:
+        with safe_open(self.path, 'pt') as f: tensors,meta = {k: f.get_tensor(k) for k in f.keys()},f.metadata()
+        whole = meta['sha256']==_digest(tensors, meta['info'])
+    except (SafetensorError,OSError,KeyError,TypeError,ValueError): whole = False
+    if not whole: raise ValueError(f"{self.path} is damaged; delete it, and its stage starts anew")
+    info = json.loads(meta['info'])
+    off = [f'{k} was {info["run"].get(k)!r} and is {v!r}' for k,v in self.run.items() if info['run'].get(k)!=v]
+    if off: raise ValueError(f"{self.path} belongs to another run: {'; '.join(off)}; choose another folder")
+    return tensors,info
+
+# %% ../nbs/01_autoencoder.ipynb #7898be9d
+class _Run:
+    "What changes while `fit` runs"
+    def __init__(self, model, lr, steps, ema, validate, patience, desc):
+        self.model,self.steps,self.ema,self.desc,self.history = model,steps,ema,desc or 'training',[]
+        self.opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr, fused=True)
+        self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, [g['lr'] for g in self.opt.param_groups], total_steps=max(steps, 2))
+        self.avg = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1-1/max(ema*steps, 1))) if ema else None
+        self.best,self.good = (_Best(validate, patience) if validate else None),(0,_copy(model))
+
+# %% ../nbs/01_autoencoder.ipynb #fde665de
+@patch
+def step(self:_Run, value):
+    "One step downhill from the loss `value`"
+    done,v = len(self.history),value.item()
+    if not np.isfinite(v):
+        self.model.load_state_dict(self.good[1])
+        self.model.eval()
+        raise RuntimeError(f"{self.desc}: the loss became {v} at step {done+1} of {self.steps}, at a learning rate of {self.opt.param_groups[0]['lr']:.2g}; the weights of step {self.good[0]} are back. Try a tenth of the learning rate, and look for cells with extreme counts")
+    if done%50==0: self.good = done,_copy(self.model)
+    self.opt.zero_grad(); value.backward(); self.opt.step(); self.sched.step()
+    if self.ema and done>=self.steps//2: self.avg.update_parameters(self.model)
+    self.history.append(v)
+
+# %% ../nbs/01_autoencoder.ipynb #c2b84428
+@patch
+def pack(self:_Run, ended):
+    "The run as arrays and JSON"
+    opt,parts = self.opt.state_dict(),dict(model=self.model.state_dict())
+    if self.ema: parts['avg'] = self.avg.state_dict()
+    if self.best: parts['best'] = self.best.weights
+    parts |= {f'opt{i}': s for i,s in opt['state'].items()}
+    return ({f'{a}/{k}': v for a,part in parts.items() for k,v in part.items()},
+            dict(ended=ended, history=self.history, looks=self.best.looks if self.best else [], groups=opt['param_groups'], sched=self.sched.state_dict()))
+
+# %% ../nbs/01_autoencoder.ipynb #66cfcc19
+@patch
+def unpack(self:_Run, tensors, info):
+    "Go back to where `pack` was called; returns the number of steps that are done, all of them if the run had ended"
+    def part(name): return {k.split('/', 1)[1]: v for k,v in tensors.items() if k.startswith(name+'/')}
+    self.model.load_state_dict(part('model'))
+    if self.ema: self.avg.load_state_dict(part('avg'))
+    if self.best: self.best.looks,self.best.weights = info['looks'],{k: v.to(self.model.state_dict()[k]) for k,v in part('best').items()}
+    self.opt.load_state_dict(dict(state={i: part(f'opt{i}') for g in info['groups'] for i in g['params'] if part(f'opt{i}')}, param_groups=info['groups']))
+    self.sched.load_state_dict(info['sched'])
+    self.history,self.good = info['history'],(len(info['history']),_copy(self.model))
+    return self.steps if info['ended'] else len(self.history)
+
+# %% ../nbs/01_autoencoder.ipynb #ac9dbf0c
+class History(list):
+    "The loss of every step; `looks` are the validation losses"
+    looks = ()
+
+@patch
+def finish(self:_Run):
+    "Leave the model with its best weights, or their average, in evaluation mode"
+    if self.best and self.best.weights: self.model.load_state_dict(self.best.weights)
+    elif self.ema and self.avg.n_averaged: self.model.load_state_dict(self.avg.module.state_dict())
+    self.model.eval()
+    history = History(self.history)
+    history.looks = self.best.looks if self.best else []
+    return history
+
+# %% ../nbs/01_autoencoder.ipynb #8d46aeb3
+@contextlib.contextmanager
+def _between_steps():
+    "A list that is no longer empty once Ctrl-C was pressed"
+    asked = []
+    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    def hold(*_): asked.append(True); signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGINT, hold)
+    try: yield asked
+    finally: signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/01_autoencoder.ipynb #b8b49a57
 def fit(
     model:nn.Module, # Network to train, in place
     loss, # Function of row numbers, shape (batch_size,), to a scalar loss
-    n, # Number of rows to train on, or what yields row numbers itself: anything with `batches(batch_size, steps, seed)`, such as a stream
+    n, # Number of rows to train on, or what yields row numbers itself: anything with `batches(batch_size, steps, seed, start)`, such as a stream
     steps:int, # Number of optimiser steps
     batch_size:int=128, # Rows a step
     lr:float=1e-3, # Peak learning rate
@@ -333,23 +457,24 @@ def fit(
     seed:int=0, # Same seed, same weights
     desc:str='', # Name on the progress bar
     progress:bool=True, # Show a bar on stderr?
-)->list: # Loss of every step
+    checkpoint:Checkpoint|None=None, # Where to keep the run; it goes on from what is there
+)->History: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
-    opt = torch.optim.AdamW(model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters(), lr=lr, fused=True)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in opt.param_groups], total_steps=max(steps, 2))
-    avg,history,best = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1-1/max(ema*steps, 1))),[],_Best(validate, patience)
-    order = n.batches(batch_size, steps, seed) if hasattr(n, 'batches') else batches(n, batch_size, steps, seed)
-    for step,idx in enumerate(bar := tqdm(order, total=steps, desc=desc, disable=not progress, file=sys.stderr, mininterval=1)):
-        model.train()
-        with seeded(seed, step): value = loss(idx)
-        opt.zero_grad(); value.backward(); opt.step(); sched.step()
-        if ema and step>=steps//2: avg.update_parameters(model)
-        history.append(value.item())
-        if step%50==0: bar.set_postfix(loss=f'{np.mean(history[-50:]):.4g}')
-        if validate and ((step+1)%every==0 or step+1==steps) and best.look(model): break
-    if validate or ema: model.load_state_dict(best.weights if validate else avg.module.state_dict())
-    model.eval()
-    return history
+    run = _Run(model, lr, steps, ema, validate, patience, desc)
+    start = run.unpack(*saved) if checkpoint and (saved := checkpoint.read()) else 0
+    order = n.batches(batch_size, steps, seed, start) if hasattr(n, 'batches') else batches(n, batch_size, steps, seed, start)
+    with _between_steps() as asked:
+        for step,idx in enumerate(bar := tqdm(order, total=steps, initial=start, desc=desc, disable=not progress, file=sys.stderr, mininterval=1), start):
+            model.train()
+            with seeded(seed, step): value = loss(idx)
+            run.step(value)
+            if step%50==0: bar.set_postfix(loss=f'{np.mean(run.history[-50:]):.4g}')
+            ended = step+1==steps
+            if validate and ((step+1)%every==0 or ended): ended = run.best.look(model) or ended
+            if checkpoint and (ended or asked or (step+1)%checkpoint.every==0): checkpoint.write(*run.pack(ended))
+            if asked: run.finish(); raise KeyboardInterrupt(f'{run.desc} was stopped after step {step+1} of {steps}')
+            if ended: break
+    return run.finish()
 
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b
 @patch

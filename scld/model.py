@@ -47,6 +47,7 @@ defaults = dict(
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
     min_cells=5, # Labels with fewer cells cannot be asked for
+    lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
     steps=6000) # Training steps of the diffusion
 
 # %% ../nbs/05a_model.ipynb #516028bf
@@ -137,7 +138,7 @@ def _held_out(self:SCLD, seed):
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
-    ae,held,looks = self.net.ae,self._held_out(seed),[]
+    ae,held = self.net.ae,self._held_out(seed)
     free = np.ones(len(self._label), bool)
     free[held] = False
     rows = np.flatnonzero(free)
@@ -146,13 +147,12 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     known = self._X[held] if len(held) else None
     def validate(ae):
         parts = (torch.from_numpy(known[i:i+250].toarray()).to(self.device) for i in range(0, len(held), 250))
-        with seeded(seed): looks.append(np.mean([ae.bound(p).item() for p in parts]))
-        return looks[-1]
+        with seeded(seed): return np.mean([ae.bound(p).item() for p in parts])
     if isinstance(self._X, CountStream): source,batch = self._X,lambda i: i[free[i]]
     else: source,batch = len(rows),lambda i: rows[i]
     how = dict(validate=validate, every=50) if len(held) else {}
-    loss = fit(ae, lambda i: ae.loss(self._counts(batch(i))), source, steps, lr=4e-3, seed=seed, desc='autoencoder', **how, **kw)
-    self._record('autoencoder', loss, looks)
+    loss = fit(ae, lambda i: ae.loss(self._counts(batch(i))), source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **how, **kw)
+    self._record('autoencoder', loss)
     if self.settings['likelihood']!='mse': self._calibrate(seed)
 
 # %% ../nbs/05a_model.ipynb #90688f42
@@ -170,11 +170,11 @@ def _calibrate(self:SCLD, seed):
 
 # %% ../nbs/05a_model.ipynb #090b15cb
 @patch
-def _record(self:SCLD, stage, loss, looks=(), every=50):
-    "Add the losses of a stage to `history`; `looks` are validation losses, one every `every` steps and one at the end"
-    at = [min((i+1)*every, len(loss)) for i in range(len(looks))]
+def _record(self:SCLD, stage, loss, every=50):
+    "Add the losses of a stage to `history`, and validation losses, one every `every` steps and one at the end"
+    at = [min((i+1)*every, len(loss)) for i in range(len(loss.looks))]
     df = pd.DataFrame(dict(stage=stage, step=range(1, len(loss)+1), loss=loss))
-    df['validation'] = df['step'].map(dict(zip(at, looks))).astype(float)
+    df['validation'] = df['step'].map(dict(zip(at, loss.looks))).astype(float)
     self.history = pd.concat([self.history, df], ignore_index=True)
 
 # %% ../nbs/05a_model.ipynb #80868348
@@ -200,7 +200,7 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     net.scale.std = (net.scale.std**2+spread**2).sqrt()
     self._fit_labeller(net.scale(z), label, spread/net.scale.std)
     def loss(i): return net.denoiser.loss(self.sched, net.scale(z[i]+sd[i]*torch.randn_like(z[i])), cond[i], s['share'])
-    self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=1e-3, ema=0.05, desc='diffusion', **kw))
+    self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, desc='diffusion', **kw))
 
 # %% ../nbs/05a_model.ipynb #e5326bcf
 @patch

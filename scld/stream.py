@@ -77,8 +77,9 @@ def batches(self:CountStream,
     batch_size:int, # Rows a batch; at most all are taken
     steps:int, # Number of batches
     seed:int=0, # Same seed, same batches
+    start:int=0, # Batches to leave out at the beginning; pools without any other are not read
 ):
-    "Yield `steps` arrays of row numbers, each array from the pool that is in memory at that moment"
+    "Yield arrays of row numbers, `steps` less `start` of them, each from the pool that is in memory at that moment"
     n,step,epoch = self.shape[0],0,0
     size = min(batch_size, n)
     starts,pool = np.arange(0, n, self.block),max(self.pool, -(-2*size//self.block))
@@ -86,11 +87,11 @@ def batches(self:CountStream,
         rng = np.random.default_rng([seed,epoch])
         for blocks in _pools(rng.permutation(starts), pool):
             rows = np.concatenate([np.arange(b, min(b+self.block, n)) for b in blocks])
-            self._hold(np.sort(rows))
             rng.shuffle(rows)
+            if step+len(rows)//size>start: self._hold(np.sort(rows))
             for i in range(0, len(rows)-size+1, size):
                 if step==steps: return
-                yield rows[i:i+size]
+                if step>=start: yield rows[i:i+size]
                 step += 1
         epoch += 1
 

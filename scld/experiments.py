@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ablations', 'quick', 'networks', 'standard_cells', 'judge', 'judge_types', 'run', 'control', 'quick_cells',
-           'redraw_library', 'choose', 'keep_runs', 'table', 'over_seeds']
+           'redraw_library', 'choose', 'chosen_guidance', 'keep_runs', 'table', 'over_seeds']
 
 # %% ../nbs/07_experiments.ipynb #32712497
 import json,platform,time
@@ -160,6 +160,15 @@ def choose(
     return dict(data=data, n_train=inner.n_obs, n_val=val.n_obs, seed=seed, n_trees=n_trees, settings=settings, version=__version__,
                 guidance={str(w): [float(np.mean(v)), float(np.max(v))] for w,v in types.items()},
                 library=dict(joint=both(made), label=both(redraw_library(model, made, seed))))
+
+# %% ../nbs/07_experiments.ipynb #307df40a
+def chosen_guidance(
+    choice:dict, # Result of `choose`
+    within:float=0.02, # Differences of the mean AUC that say nothing
+)->float: # ω
+    "The least exaggeration that is as good as the best"
+    mean = {float(w): v[0] for w,v in choice['guidance'].items()}
+    return min((w for w,v in mean.items() if v<=min(mean.values())+within), key=abs)
 
 # %% ../nbs/07_experiments.ipynb #46a24959
 def keep_runs(

@@ -336,7 +336,7 @@ def _block(self:SCLD,
 
 # %% ../nbs/05a_model.ipynb #6598f23e
 @patch
-def _blocks(self:SCLD, block, cond, key, threads=1, progress=False):
+def _queue(self:SCLD, block, cond, key, threads=1, progress=False):
     "`block(rng, part)` for parts of `cond`, in order, `threads` at a time: counts, latents, scores, conditions"
     parts,begun = np.split(cond, range(BLOCK, len(cond), BLOCK)),deque()
     def job(i): return block(np.random.default_rng([len(key)+1,*key,i]), parts[i])
@@ -350,7 +350,7 @@ def _blocks(self:SCLD, block, cond, key, threads=1, progress=False):
 @patch
 def _make(self:SCLD, block, cond, key, threads=1, progress=False):
     "All blocks, joined"
-    X,*rest = zip(*self._blocks(block, cond, key, threads, progress))
+    X,*rest = zip(*self._queue(block, cond, key, threads, progress))
     return sparse.vstack(X, format='csr'), *map(np.concatenate, rest)
 
 # %% ../nbs/05a_model.ipynb #db7c5cb7
@@ -390,7 +390,7 @@ def sample(self:SCLD,
     candidates(label, keep)
     how = dict(n=str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()}), guidance=-1. if holistic else float(guidance), keep=float(keep), steps=steps, seed=seed)
     blocks = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps),label,(seed,0),max(batch_size//BLOCK, 1),progress
-    return self._anndata(*self._make(*blocks), how) if out is None else self._write(Path(out), self._blocks(*blocks), how)
+    return self._anndata(*self._make(*blocks), how) if out is None else self._write(Path(out), self._queue(*blocks), how)
 
 # %% ../nbs/05a_model.ipynb #982a74d2
 @patch

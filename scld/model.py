@@ -269,7 +269,7 @@ def train(self:SCLD,
     "Learn from the training cells: autoencoder, diffusion, scorer"
     if self._X is None: raise RuntimeError("a loaded model has no training cells; make a new SCLD(adata) to train again")
     steps = self.settings['steps'] if steps is None else steps
-    for k,v,low in (('steps',steps,20), ('batch_size',batch_size,1), ('seed',seed,0)): _in_range(k, v, low, 2**63)
+    for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed)
     kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress),False,False,pd.DataFrame()
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
@@ -385,7 +385,7 @@ def sample(self:SCLD,
     label,holistic = self._request(n),not isinstance(n, dict)
     if not -1<=guidance<=100: raise ValueError(f"guidance={guidance} must be between -1 and 100")
     if keep<1 and not self.scored: raise RuntimeError("training was stopped before the scorer: keep must be 1; train(checkpoint=…, resume=True) goes on")
-    for k,v,low in (('seed',seed,0), ('batch_size',batch_size,1)): _in_range(k, v, low, 2**63)
+    for k,v,low,high in (('seed',seed,0,2**63-1), ('batch_size',batch_size,1,10**9)): _in_range(k, v, low, high)
     snr_timesteps(self.sched, steps)
     candidates(label, keep)
     how = dict(n=str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()}), guidance=-1. if holistic else float(guidance), keep=float(keep), steps=steps, seed=seed)

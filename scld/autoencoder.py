@@ -319,7 +319,7 @@ class _Best:
     def look(self, model):
         "True when there was nothing better for `patience` looks"
         self.looks.append(float(self.validate(model.eval())))
-        best = int(np.argmin(self.looks))
+        best = int(np.argmin(np.nan_to_num(self.looks, nan=np.inf)))
         if best==len(self.looks)-1: self.weights = _copy(model)
         return len(self.looks)-1-best>=self.patience
 

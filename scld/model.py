@@ -224,7 +224,8 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     sched = self.sched
     def loss(i): return net.denoiser.loss(sched, net.scale(z[i]+sd[i]*torch.randn_like(z[i])), cond[i], s['share'])
     try: self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, desc='diffusion', **kw))
-    finally: self.trained = True
+    except KeyboardInterrupt: self.trained = True; raise
+    self.trained = True
 
 # %% ../nbs/05a_model.ipynb #e5326bcf
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['cluster_means', 'Embed', 'Denoiser', 'global_slot']
 
 # %% ../nbs/04_pre_guidance.ipynb #dea8f80d
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet,self.embed = unet,Embed(means.shape[1], unet.n_emb)
         self.register_buffer('means', means)
-    def forward(self, zt, t, label): return self.unet(zt, t, self.embed(self.means)[label])
+    def forward(self, zt, t, label): return self.unet(zt, t, F.embedding(label, self.embed(self.means)))
 
 # %% ../nbs/04_pre_guidance.ipynb #2b5ebf85
 def global_slot(

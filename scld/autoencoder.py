@@ -47,7 +47,6 @@ class Poisson(nn.Module):
     ):
         super().__init__()
         self.n_genes = self.n_out = n_genes
-    def log_prob(self, x, h, library): return x*(mean := self.mean(h, library)+1e-8).log()-mean-torch.lgamma(x+1)
     def rate(self, h, library, rng): return self.mean(h, library).double().cpu().numpy()
 
 # %% ../nbs/01_autoencoder.ipynb #f3dc0dd7
@@ -66,7 +65,13 @@ def nll(self:Poisson,
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
 )->torch.Tensor: # Negative log-likelihood of each cell, shape (n,), in nats
     "How badly `h` explains `counts`"
-    return -self.log_prob(counts, h, counts.sum(1, keepdim=True)).sum(1)
+    library = counts.sum(1, keepdim=True)
+    log_mean,(i,row) = h[:,:self.n_genes].log_softmax(1)+library.clamp(min=1).log(),_nonzero(counts)
+    x = counts.take(i)
+    return library[:,0]-_row_sums(x*log_mean.take(i)-torch.lgamma(x+1), row, len(h))
+
+def _nonzero(counts): return (i := counts.flatten().nonzero()[:,0]),i//counts.shape[1]
+def _row_sums(v, row, n): return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)
 
 # %% ../nbs/01_autoencoder.ipynb #2469c330
 @patch
@@ -86,21 +91,35 @@ class NegativeBinomial(Poisson):
         log_theta:float=3., # Log inverse dispersion to start from
     ):
         super().__init__(n_genes)
-        self.n_out = n_genes+1
+        self.n_out = 2*n_genes
         self.log_theta,self.slope = nn.Parameter(torch.full((n_genes,), log_theta)),nn.Parameter(torch.zeros(n_genes))
-    def log_prob(self, x, h, library): return nb_log_prob(x, self.mean(h, library)+1e-8, self.theta(h, library))
     def rate(self, h, library, rng):
-        mean,theta = (v(h, library).double().cpu().numpy() for v in (self.mean,self.theta))
+        mean,theta = (v.double().cpu().numpy() for v in (self.mean(h, library),self.log_dispersion(h, library).exp()))
         return rng.gamma(theta, mean/theta)
 
 # %% ../nbs/01_autoencoder.ipynb #117258e1
 @patch
-def theta(self:NegativeBinomial,
-    h:torch.Tensor, # Decoder output, shape (n, n_genes+1)
+def log_dispersion(self:NegativeBinomial,
+    h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
-)->torch.Tensor: # Inverse dispersions, shape (n, n_genes)
+)->torch.Tensor: # log θ, shape (n, n_genes)
     "How little each gene scatters in each cell, equation (A6)"
-    return (self.log_theta+self.slope*(library/1000).log()+h[:,self.n_genes:]).clamp(-8, 8).exp()
+    return (self.log_theta+self.slope*(library/1000).log()+h[:,self.n_genes:]).clamp(-8, 8)
+
+# %% ../nbs/01_autoencoder.ipynb #30b356dd
+@patch
+def nll(self:NegativeBinomial,
+    h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
+    counts:torch.Tensor, # Observed counts, shape (n, n_genes)
+)->torch.Tensor: # Negative log-likelihood of each cell, shape (n,), in nats
+    "How badly `h` explains `counts`, equation (A9)"
+    library = counts.sum(1, keepdim=True).clamp(min=1)
+    log_theta = self.log_dispersion(h, library)
+    odds = h[:,:self.n_genes].log_softmax(1)+library.log()-log_theta
+    soft,(i,row) = F.softplus(odds),_nonzero(counts)
+    x,theta = counts.take(i),log_theta.take(i).exp()
+    seen = torch.lgamma(x+theta)-torch.lgamma(theta)-torch.lgamma(x+1)+x*(odds.take(i)-soft.take(i))
+    return (log_theta.exp()*soft).sum(1)-_row_sums(seen, row, len(h))
 
 # %% ../nbs/01_autoencoder.ipynb #d5d4b787
 def lognorm_tensor(

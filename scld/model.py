@@ -21,8 +21,9 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,fit,seeded
+from .autoencoder import Autoencoder,Checkpoint,Standardize,seeded
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
+from .dist import fit,processes,wait
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
@@ -271,11 +272,12 @@ def train(self:SCLD,
     if self._X is None: raise RuntimeError("a loaded model has no training cells; make a new SCLD(adata) to train again")
     steps = self.settings['steps'] if steps is None else steps
     for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
+    rank = processes()[0]
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed)
-    kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress),False,False,pd.DataFrame()
+    kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
-    with _alone(checkpoint, "another process is training into {}; choose another folder"):
+    with _alone(None if rank else checkpoint, "another process is training into {}; choose another folder"):
         try: self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
         self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))
@@ -546,9 +548,17 @@ def save(self:SCLD,
     path:str|Path, # Folder to write
     overwrite:bool=False, # Replace a model that is there?
 )->Path: # The folder
-    "Write the trained model as safetensors and JSON"
+    "Write the trained model as safetensors and JSON; of several processes, the first writes and the others wait"
     if not self.trained: raise RuntimeError("this model is not trained; call model.train() first")
-    path = Path(path)
+    try:
+        if processes()[0]==0: self._save(Path(path), overwrite)
+    finally: wait()
+    return Path(path)
+
+# %% ../nbs/05a_model.ipynb #7922c881
+@patch
+def _save(self:SCLD, path, overwrite):
+    "Write the two files in a folder beside `path` and rename it"
     if path.exists() and not overwrite: raise FileExistsError(f"{path} is already there; pass overwrite=True to replace it")
     if path.exists() and not (path/'config.json').is_file(): raise FileExistsError(f"{path} is not a saved model and will not be replaced; choose another folder")
     tmp = path.with_name(f'.{path.name}.part-{os.getpid()}')
@@ -561,7 +571,6 @@ def save(self:SCLD,
         (tmp/'config.json').write_text(json.dumps(dict(config, sha256=_config_sha256(config)), indent=1), encoding='utf-8')
         _swap_in(tmp, path, overwrite)
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    return path
 
 # %% ../nbs/05a_model.ipynb #9d5efdc5
 def _sha256(data):

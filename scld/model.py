@@ -274,10 +274,10 @@ def train(self:SCLD,
     for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
     rank = processes()[0]
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed)
-    kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
-    with seeded(seed): self._build(self.net.denoiser.means.cpu())
-    self.net.to(device)
     with _alone(None if rank else checkpoint, "another process is training into {}; choose another folder"):
+        kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
+        with seeded(seed): self._build(self.net.denoiser.means.cpu())
+        self.net.to(device)
         try: self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
         self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))

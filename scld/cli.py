@@ -26,7 +26,7 @@ def _free(out):
 def _whole(out):
     "A folder to fill, which becomes `out` at the end"
     out = _free(out)
-    tmp = out.with_name(f'.{out.name}.part-{os.getpid()}')
+    tmp = out.with_name(f'.{out.name}.part-{os.urandom(6).hex()}')
     tmp.mkdir(parents=True)
     try: yield tmp; os.rename(tmp, out)
     finally: shutil.rmtree(tmp, ignore_errors=True)

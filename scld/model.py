@@ -468,6 +468,11 @@ def _anndata(self:SCLD, X, z, score, k, how, start=0):
     uns = dict(how, version=__version__, model=self.fingerprint, labels=self.labels, settings=json.dumps(self.settings))
     return AnnData(X, obs=obs, var=pd.DataFrame(index=self.genes), obsm={'X_scld': z}, uns={'scld': uns})
 
+# %% ../nbs/05a_model.ipynb #84814d6a
+def _beside(path):
+    "A hidden name beside `path` that no process has"
+    return path.with_name(f'.{path.name}.part-{os.urandom(6).hex()}')
+
 # %% ../nbs/05a_model.ipynb #4b6a09d7
 @patch
 def _write(self:SCLD, out, blocks, how, start):
@@ -475,7 +480,7 @@ def _write(self:SCLD, out, blocks, how, start):
     import h5py
     from anndata.io import sparse_dataset,write_elem
     if out.exists(): raise FileExistsError(f"{out} is already there; choose another name or delete it")
-    tmp,small = out.with_name(f'.{out.name}.part-{os.getpid()}'),[]
+    tmp,small = _beside(out),[]
     try:
         with h5py.File(tmp, 'w') as f:
             for X,*rest in blocks:
@@ -561,7 +566,7 @@ def _save(self:SCLD, path, overwrite):
     "Write the two files in a folder beside `path` and rename it"
     if path.exists() and not overwrite: raise FileExistsError(f"{path} is already there; pass overwrite=True to replace it")
     if path.exists() and not (path/'config.json').is_file(): raise FileExistsError(f"{path} is not a saved model and will not be replaced; choose another folder")
-    tmp = path.with_name(f'.{path.name}.part-{os.getpid()}')
+    tmp = _beside(path)
     tmp.mkdir(parents=True)
     try:
         w = tmp/'weights.safetensors'
@@ -588,7 +593,7 @@ def _swap_in(tmp, path, overwrite):
         fd = os.open(f, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
-    old = path.with_name(f'.{path.name}.old-{os.getpid()}')
+    old = _beside(path)
     with _alone(path.parent):
         if path.exists() and not overwrite: raise FileExistsError(f"{path} was made by another process in the meantime; pass overwrite=True to replace it")
         if path.exists(): path.rename(old)

@@ -6,9 +6,8 @@
 __all__ = ['presets', 'commands', 'demo', 'fit', 'sample', 'evaluate', 'audit', 'main']
 
 # %% ../nbs/08_cli.ipynb #5329008f
-import json,shutil,sys,time
+import contextlib,json,os,shutil,sys,time,traceback,warnings
 from pathlib import Path
-import numpy as np
 from fastcore.script import anno_parser
 from . import __version__
 
@@ -17,11 +16,20 @@ def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
 
 # %% ../nbs/08_cli.ipynb #9d9545c8
 def _free(out):
-    "The folder `out`, made if it is not there; an error if it holds anything"
+    "The folder `out`, not there or empty; an error if it holds anything"
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} is already there and not an empty folder; choose another --out or delete it")
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+# %% ../nbs/08_cli.ipynb #44bddf85
+@contextlib.contextmanager
+def _whole(out):
+    "A folder to fill, which becomes `out` at the end"
+    out = _free(out)
+    tmp = out.with_name(f'.{out.name}.part-{os.urandom(6).hex()}')
+    tmp.mkdir(parents=True)
+    try: yield tmp; os.rename(tmp, out)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/08_cli.ipynb #d844c26b
 def demo(
@@ -31,25 +39,27 @@ def demo(
     trees:int=1000, # Trees of the forests that judge the cells
 ):
     "Train on 700 real cells, make new ones, show how good they are"
-    out,t0 = _free(out),time.time()
+    t0 = time.time()
+    import numpy as np
     from scld.data import pbmc68k_reduced,split
     from scld.model import SCLD
     from scld.report import evaluate
-    cells = pbmc68k_reduced()
-    train,test = (cells[i].copy() for i in split(np.zeros(cells.n_obs), (0.8,0.2), seed))
-    _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {cells.obs["cell_type"].nunique()} types')
-    model = SCLD(train, labels='cell_type').train(steps=steps, seed=seed)
-    model.save(out/'model')
-    synth = model.sample(train.n_obs, seed=seed)
-    synth.write_h5ad(out/'synthetic.h5ad')
-    _say(t0, f'{synth.n_obs} new cells made; comparing them with the held-out ones')
-    report = evaluate(test, synth, train, labels='cell_type', n_trees=trees, seed=seed)
-    about = f'Data: 68k PBMC (Zheng et al. 2017), the 700 cells in scanpy. {test.n_obs} held-out cells; no filter; seed {seed}; {steps} steps.'
-    (out/'metrics.json').write_text(json.dumps(dict(data='700 cells of 68k PBMC (scanpy)', n_train=train.n_obs, scorer='off', steps=steps, seed=seed, version=__version__, model=model.fingerprint, metrics=report.metrics), indent=1))
-    report.to_html(out/'report.html', note=about)
+    with _whole(out) as tmp:
+        cells = pbmc68k_reduced()
+        train,test = (cells[i].copy() for i in split(np.zeros(cells.n_obs), (0.8,0.2), seed))
+        _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {cells.obs["cell_type"].nunique()} types')
+        model = SCLD(train, labels='cell_type').train(steps=steps, seed=seed)
+        model.save(tmp/'model')
+        synth = model.sample(train.n_obs, seed=seed)
+        synth.write_h5ad(tmp/'synthetic.h5ad')
+        _say(t0, f'{synth.n_obs} new cells made; comparing them with the held-out ones')
+        report = evaluate(test, synth, train, labels='cell_type', n_trees=trees, seed=seed)
+        about = f'Data: 68k PBMC (Zheng et al. 2017), the 700 cells in scanpy. {test.n_obs} held-out cells; no filter; seed {seed}; {steps} steps.'
+        (tmp/'metrics.json').write_text(json.dumps(dict(data='700 cells of 68k PBMC (scanpy)', n_train=train.n_obs, scorer='off', steps=steps, seed=seed, version=__version__, model=model.fingerprint, metrics=report.metrics), indent=1))
+        report.to_html(tmp/'report.html', note=about)
     print(report, file=sys.stderr)
     _say(t0, 'done')
-    for f in ('model','synthetic.h5ad','metrics.json','report.html'): print(out/f)
+    for f in ('model','synthetic.h5ad','metrics.json','report.html'): print(Path(out)/f)
 
 # %% ../nbs/08_cli.ipynb #e2aa9aa6
 presets = dict(quick=dict(steps=600), full={}, paper=dict(config='paper'))
@@ -69,11 +79,12 @@ def fit(
     if preset not in presets: raise ValueError(f"no preset {preset!r}; choose from {list(presets)}")
     out = Path(out)
     if out.exists(): raise FileExistsError(f"{out} is already there; choose another --out or delete it")
+    from scld.dist import processes
     from scld.model import SCLD
     run = out.with_name(f'{out.name}.run')
     model = SCLD(data, layer, labels, **presets[preset]).train(steps=steps, seed=seed, checkpoint=run, resume=resume)
-    print(model.save(out))
-    shutil.rmtree(run)
+    model.save(out)
+    if processes()[0]==0: shutil.rmtree(run); print(out)
 
 # %% ../nbs/08_cli.ipynb #8d89a0f6
 def sample(
@@ -86,11 +97,12 @@ def sample(
     keep:float=1., # Share of generated cells to keep, best first
     steps:int=25, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
+    part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
 ):
     "Make new cells of a saved model"
     from scld.model import SCLD
     want = _numbers(labels) if labels else {label: n} if label else n
-    print(SCLD.load(model).sample(want, guidance, keep, steps, seed, out=out, progress=True))
+    print(SCLD.load(model).sample(want, guidance, keep, steps, seed, out=out, part=_pair(part), progress=True))
 
 # %% ../nbs/08_cli.ipynb #2458d7c4
 def _numbers(labels):
@@ -99,6 +111,13 @@ def _numbers(labels):
     bad = [''.join(p) for p in parts if not p[0] or not p[2].strip().isdigit()]
     if bad: raise ValueError(f"--labels has {bad[0]!r} where LABEL=NUMBER is expected, as in \"NK=500,B=200\"")
     return {k.strip(): int(v) for k,_,v in parts}
+
+# %% ../nbs/08_cli.ipynb #666002d1
+def _pair(part):
+    "(2, 8) from `2/8`"
+    i,_,k = part.partition('/')
+    if not (i.isdigit() and k.isdigit()): raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
+    return int(i),int(k)
 
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
@@ -113,12 +132,13 @@ def evaluate(
     "Show how well generated cells pass for real ones"
     from scld.data import read_counts
     from scld.report import evaluate as compare
-    sets,out = {k: read_counts(f) for k,f in dict(real=real, synth=synth, train=train).items() if f},_free(out)
-    report = compare(**sets, labels=labels, n_trees=trees, seed=seed)
-    (out/'metrics.json').write_text(json.dumps(dict(real=real, synth=synth, train=train, settings=report.settings, metrics=report.metrics, privacy=report.privacy), indent=1, default=float))
-    report.to_html(out/'report.html')
+    with _whole(out) as tmp:
+        sets = {k: read_counts(f) for k,f in dict(real=real, synth=synth, train=train).items() if f}
+        report = compare(**sets, labels=labels, n_trees=trees, seed=seed)
+        (tmp/'metrics.json').write_text(json.dumps(dict(real=real, synth=synth, train=train, settings=report.settings, metrics=report.metrics, privacy=report.privacy), indent=1, default=float))
+        report.to_html(tmp/'report.html')
     print(report, file=sys.stderr)
-    for f in ('metrics.json','report.html'): print(out/f)
+    for f in ('metrics.json','report.html'): print(Path(out)/f)
 
 # %% ../nbs/08_cli.ipynb #dd5479f3
 def audit(
@@ -139,19 +159,42 @@ commands = dict(demo=demo, fit=fit, sample=sample, evaluate=evaluate, audit=audi
 
 def _help():
     "What `scld` can do, a line a command"
-    return 'usage: scld COMMAND [options]; scld COMMAND --help tells more\n\n' + '\n'.join(f'  {k:10}{f.__doc__}' for k,f in commands.items())
+    return 'usage: scld COMMAND [options]; scld COMMAND --help tells more; --debug shows where an error was\n\n' + '\n'.join(f'  {k:10}{f.__doc__}' for k,f in commands.items())
+
+# %% ../nbs/08_cli.ipynb #45885b5c
+def _line(e, resume=''):
+    "What to say about an error, in one line"
+    text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
+    if isinstance(e, KeyboardInterrupt): text = '; '.join(filter(None, [text or 'stopped', resume]))
+    elif not isinstance(e, (ValueError,KeyError,OSError,RuntimeError,TypeError,ImportError)): text = f'unexpected {type(e).__name__}: {text} (--debug shows where)'
+    return f'scld: {text}'
+
+def _warn(message, category, *_, **kw):
+    "A warning in one line; those between libraries are not for users"
+    if issubclass(category, UserWarning): print('scld: warning: '+' '.join(str(message).split()), file=sys.stderr)
+
+# %% ../nbs/08_cli.ipynb #d76f059c
+def _run(name, *argv):
+    "Call the command `name` with its arguments"
+    if name not in commands: raise ValueError(f"no command {name!r}; the commands are {', '.join(commands)}")
+    parser = anno_parser(commands[name], f'scld {name}')
+    def refuse(message): raise ValueError(f'{message}; scld {name} --help lists the options')
+    parser.error = refuse
+    commands[name](**{k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')})
 
 # %% ../nbs/08_cli.ipynb #cbea09b7
 def main(
     argv:list|None=None, # Arguments; those of the process if absent
-)->int: # Exit status: 0, or 2 after an error
+)->int: # Exit status: 0; 2 after an error; 130 after Ctrl-C
     "Run a command of `scld`"
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h','--help'): print(_help()); return 0
-    if argv[0] not in commands: print(f'scld: no command {argv[0]!r}; the commands are {", ".join(commands)}', file=sys.stderr); return 2
-    f = commands[argv[0]]
-    args = vars(anno_parser(f, f'scld {argv[0]}').parse_args(argv[1:]))
-    try: f(**{k: v for k,v in args.items() if k not in ('pdb','xtra')})
-    except KeyboardInterrupt as e: print(f'scld: {e or "stopped"}{"; --resume goes on" if f is fit else ""}', file=sys.stderr); return 130
-    except (ValueError,KeyError,OSError,RuntimeError,TypeError) as e: print(f'scld: {e.args[0] if isinstance(e, KeyError) else e}', file=sys.stderr); return 2
+    debug = '--debug' in argv
+    try:
+        with warnings.catch_warnings(): warnings.showwarning = _warn; _run(*(a for a in argv if a!='--debug'))
+    except SystemExit as e: return e.code or 0   # --help of a command
+    except (Exception,KeyboardInterrupt) as e:
+        if debug: traceback.print_exc()
+        print(_line(e, '--resume goes on' if argv[0]=='fit' else ''), file=sys.stderr)
+        return 130 if isinstance(e, KeyboardInterrupt) else 2
     return 0

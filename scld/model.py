@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'configs', 'ranges', 'BLOCK', 'FORMAT', 'SCLD']
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
-import hashlib,json,os,shutil,sys
+import contextlib,hashlib,json,os,shutil,sys
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -21,8 +21,9 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,fit,seeded
+from .autoencoder import Autoencoder,Checkpoint,Standardize,seeded
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
+from .dist import fit,processes,wait
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
@@ -271,13 +272,16 @@ def train(self:SCLD,
     if self._X is None: raise RuntimeError("a loaded model has no training cells; make a new SCLD(adata) to train again")
     steps = self.settings['steps'] if steps is None else steps
     for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
+    rank = processes()[0]
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed)
-    kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress),False,False,pd.DataFrame()
-    with seeded(seed): self._build(self.net.denoiser.means.cpu())
-    self.net.to(device)
-    self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
-    self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))
-    self._fit_scorer(max(steps//6, 5), checkpoint=kept('scorer'), **kw)
+    with _alone(None if rank else checkpoint, "another process is training into {}; choose another folder"):
+        kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
+        with seeded(seed): self._build(self.net.denoiser.means.cpu())
+        self.net.to(device)
+        try: self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
+        except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
+        self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))
+        self._fit_scorer(max(steps//6, 5), checkpoint=kept('scorer'), **kw)
     return self
 
 # %% ../nbs/05a_model.ipynb #fc2bbe98
@@ -300,23 +304,71 @@ def _checkpoints(self:SCLD, folder, resume, **run):
     data = hashlib.sha256(b''.join(np.ascontiguousarray(v).tobytes() for v in (self._library,self._totals,self._label.numpy()))).hexdigest()[:16]
     return lambda stage: Checkpoint(folder/f'{stage}.safetensors', dict(self.settings, data=data, version=__version__, **run))
 
+# %% ../nbs/05a_model.ipynb #4d9b0567
+@contextlib.contextmanager
+def _alone(folder, busy=None):
+    "Hold `folder`, if any, for this process; when another holds it, fail with the message `busy`, or wait if there is none"
+    if folder is None: yield; return
+    import fcntl
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX|(fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError: raise RuntimeError(busy.format(folder)) from None
+        yield
+    finally: os.close(fd)
+
 # %% ../nbs/05a_model.ipynb #7e58e385
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering
+
+# %% ../nbs/05a_model.ipynb #e048865a
+class _PerRow:
+    "Random numbers for the rows of arrays, from a generator of its own for each row"
+    def __init__(self, seeds): self.rngs = [np.random.default_rng(s) for s in seeds]
+    def __getattr__(self, name): return lambda *a: np.stack([getattr(r, name)(*v) for r,*v in zip(self.rngs, *np.broadcast_arrays(*a), strict=True)])
 
 # %% ../nbs/05a_model.ipynb #216db19e
 @patch
 @torch.no_grad()
+def _cells(self:SCLD,
+    denoiser, # Noise predictor, called with (zt, t, cond)
+    steps:int, # Network evaluations
+    zT:np.ndarray, # Standard normal noise to start from, shape (n, n_latent+1)
+    cond:np.ndarray, # Condition of each cell, shape (n, …)
+    seeds:list, # Seed of each cell's counts, of length n
+)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
+    "Denoise, decode, draw and score some cells, Algorithm 2"
+    zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
+    z = run_sampler(denoiser, zT, self.sched, cond, snr_timesteps(self.sched, steps), dpm_step)
+    raw = self.net.scale.inverse(z)
+    counts = self.net.ae.draw(raw[:,:-1], raw[:,-1:].exp().clamp(*self.net.library.tolist()), _PerRow(seeds))
+    score = self.net.scorer.score(torch.from_numpy(counts).to(z))
+    return sparse.csr_matrix(counts, dtype=np.float32), z.cpu().numpy(), score.cpu().numpy()
+
+# %% ../nbs/05a_model.ipynb #af08b8a4
+def _in_parts(f,
+    *rows, # Arrays or lists of the same length
+    size:int=BLOCK, # Rows a part, at most
+):
+    "What `f` returns for all `rows`, a part at a time; in parts of half the size when a GPU's memory is full"
+    n,parts = len(rows[0]),None
+    cuts = np.linspace(0, n, -(-n//size)+1).astype(int)
+    try: parts = [f(*(r[i:j] for r in rows)) for i,j in zip(cuts, cuts[1:])]
+    except torch.cuda.OutOfMemoryError as e:
+        if size==1: raise RuntimeError(f"the memory of the GPU is full, even for one cell at a time; free some of it, or load the model with device='cpu' ({str(e)[:100]})") from None
+    if parts is None: torch.cuda.empty_cache(); return _in_parts(f, *rows, size=size//2)
+    return tuple(sparse.vstack(p, format='csr') if sparse.issparse(p[0]) else np.concatenate(p) for p in zip(*parts))
+
+# %% ../nbs/05a_model.ipynb #b3f1c607
+@patch
 def _draw(self:SCLD,
     denoiser, # Noise predictor, called with (zt, t, cond)
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     steps:int, # Network evaluations
     rng:np.random.Generator, # The block's own randomness
-)->tuple: # Counts, shape (n, n_genes), and standardised latents, shape (n, n_latent+1)
-    "Denoise, decode and draw some cells, Algorithm 2"
-    zT = torch.from_numpy(rng.standard_normal((len(cond), len(self.net.scale.mean)), dtype=np.float32)).to(self.device)
-    z = run_sampler(denoiser, zT, self.sched, torch.from_numpy(cond).to(self.device), snr_timesteps(self.sched, steps), dpm_step)
-    raw = self.net.scale.inverse(z)
-    return self.net.ae.draw(raw[:,:-1], raw[:,-1:].exp().clamp(*self.net.library.tolist()), rng), z
+)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
+    "The cells of a block, or its candidates"
+    zT = rng.standard_normal((len(cond), len(self.net.scale.mean)), dtype=np.float32)
+    return _in_parts(partial(self._cells, denoiser, steps), zT, cond, rng.bit_generator.seed_seq.spawn(len(cond)))
 
 # %% ../nbs/05a_model.ipynb #3211583e
 @patch
@@ -330,28 +382,37 @@ def _block(self:SCLD,
 )->tuple: # Counts (CSR), latents, scores and conditions, n rows each
     "Draw candidates, score them, keep the best"
     k = candidates(label, keep)
-    counts,z = self._draw(self.net.denoiser.guided(guidance), k, steps, rng)
-    score = self.net.scorer.score(torch.from_numpy(counts).to(z)).cpu().numpy()
+    X,z,score = self._draw(self.net.denoiser.guided(guidance), k, steps, rng)
     rows = keep_best(score, k, Counter(label.tolist()))
-    return sparse.csr_matrix(counts[rows], dtype=np.float32), z.cpu().numpy()[rows], score[rows], k[rows]
+    return X[rows], z[rows], score[rows], k[rows]
 
 # %% ../nbs/05a_model.ipynb #6598f23e
 @patch
-def _queue(self:SCLD, block, cond, key, threads=1, progress=False):
-    "`block(rng, part)` for parts of `cond`, in order, `threads` at a time: counts, latents, scores, conditions"
+def _queue(self:SCLD, block, cond, key, threads=1, progress=False, share=(1,1)):
+    "`block(rng, part)` for a share of the parts of `cond`, in order, `threads` at a time: counts, latents, scores, conditions"
     parts,begun = np.split(cond, range(BLOCK, len(cond), BLOCK)),deque()
+    mine = _share(len(parts), share)
     def job(i): return block(np.random.default_rng([len(key)+1,*key,i]), parts[i])
-    with ThreadPoolExecutor(threads) as ex, tqdm(total=len(cond), desc='sample', unit='cell', disable=not progress, file=sys.stderr) as bar:
-        for i in range(len(parts)):
+    with ThreadPoolExecutor(threads) as ex, tqdm(total=sum(len(parts[i]) for i in mine), desc='sample', unit='cell', disable=not progress, file=sys.stderr) as bar:
+        for i in mine:
             begun.append(ex.submit(job, i))
             if len(begun)>threads: done = begun.popleft().result(); bar.update(len(done[3])); yield done
         for f in begun: done = f.result(); bar.update(len(done[3])); yield done
 
+# %% ../nbs/05a_model.ipynb #a5a4bd91
+def _share(n_blocks, share):
+    "The blocks of one share, given as a pair: its number, from 1, and the number of shares"
+    ok = isinstance(share, (tuple,list)) and len(share)==2 and all(isinstance(v, (int,np.integer)) for v in share) and 1<=share[0]<=share[1]
+    if not ok: raise ValueError(f"part={share!r} must be a pair such as (2, 8), for the second of eight")
+    i,k = share
+    if k>n_blocks: raise ValueError(f"part={i}/{k}: the cells are {n_blocks} block{'s'[:n_blocks>1]} of {BLOCK}, which cannot be shared by {k}; ask for at most {n_blocks} parts")
+    return range((i-1)*n_blocks//k, i*n_blocks//k)
+
 # %% ../nbs/05a_model.ipynb #21d451e5
 @patch
-def _make(self:SCLD, block, cond, key, threads=1, progress=False):
+def _make(self:SCLD, block, cond, key, *how):
     "All blocks, joined"
-    X,*rest = zip(*self._queue(block, cond, key, threads, progress))
+    X,*rest = zip(*self._queue(block, cond, key, *how))
     return sparse.vstack(X, format='csr'), *map(np.concatenate, rest)
 
 # %% ../nbs/05a_model.ipynb #db7c5cb7
@@ -380,6 +441,7 @@ def sample(self:SCLD,
     seed:int=0, # Same seed, same cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # File to write block by block, for more cells than memory holds; an h5ad
+    part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
     progress:bool=False, # Show a bar on stderr?
 )->AnnData|Path: # Counts in `X` (CSR), kinds in `obs`, latents in `obsm["X_scld"]`, provenance in `uns["scld"]`; or the path of `out`
     "Make new cells: holistic ones, or cells of given labels by equation (13)"
@@ -389,43 +451,56 @@ def sample(self:SCLD,
     for k,v,low,high in (('seed',seed,0,2**63-1), ('batch_size',batch_size,1,10**9)): _in_range(k, v, low, high)
     snr_timesteps(self.sched, steps)
     candidates(label, keep)
-    how = dict(n=str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()}), guidance=-1. if holistic else float(guidance), keep=float(keep), steps=steps, seed=seed)
-    blocks = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps),label,(seed,0),max(batch_size//BLOCK, 1),progress
-    return self._anndata(*self._make(*blocks), how) if out is None else self._write(Path(out), self._queue(*blocks), how)
+    start = BLOCK*_share(-(-len(label)//BLOCK), part)[0]
+    how = dict(n=str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()}), guidance=-1. if holistic else float(guidance), keep=float(keep), steps=steps, seed=seed, part='{}/{}'.format(*part))
+    blocks = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps),label,(seed,0),max(batch_size//BLOCK, 1),progress,part
+    return self._anndata(*self._make(*blocks), how, start) if out is None else self._write(Path(out), self._queue(*blocks), how, start)
 
 # %% ../nbs/05a_model.ipynb #982a74d2
 @patch
 @torch.no_grad()
-def _anndata(self:SCLD, X, z, score, k, how):
-    "Generated cells as an AnnData with provenance"
-    kind = self.net.labeller(torch.from_numpy(z).to(self.device)).argmax(1).cpu().numpy()
+def _anndata(self:SCLD, X, z, score, k, how, start=0):
+    "Generated cells, numbered from `start`, as an AnnData with provenance"
+    kind = torch.cat([self.net.labeller(b.to(self.device)).argmax(1).cpu() for b in torch.from_numpy(z).split(BLOCK)]).numpy()
     kind = np.where(k==len(self.categories), kind, k)
     obs = pd.DataFrame({self.labels: pd.Categorical.from_codes(kind, self.categories), 'source': pd.Categorical(['synthetic']*len(k)),
-                        'scld_score': score}, index=[f'scld-{i:07}' for i in range(len(k))])
+                        'scld_score': score}, index=[f'scld-{i:07}' for i in range(start, start+len(k))])
     uns = dict(how, version=__version__, model=self.fingerprint, labels=self.labels, settings=json.dumps(self.settings))
     return AnnData(X, obs=obs, var=pd.DataFrame(index=self.genes), obsm={'X_scld': z}, uns={'scld': uns})
 
+# %% ../nbs/05a_model.ipynb #84814d6a
+def _beside(path):
+    "A hidden name beside `path` that no process has"
+    return path.with_name(f'.{path.name}.part-{os.urandom(6).hex()}')
+
 # %% ../nbs/05a_model.ipynb #4b6a09d7
 @patch
-def _write(self:SCLD, out, blocks, how):
+def _write(self:SCLD, out, blocks, how, start):
     "Write blocks of cells to an h5ad as they come"
     import h5py
     from anndata.io import sparse_dataset,write_elem
     if out.exists(): raise FileExistsError(f"{out} is already there; choose another name or delete it")
-    tmp,small = out.with_name(f'.{out.name}.part-{os.getpid()}'),[]
+    tmp,small = _beside(out),[]
     try:
         with h5py.File(tmp, 'w') as f:
             for X,*rest in blocks:
                 if small: sparse_dataset(f['X']).append(X)
                 else: write_elem(f, 'X', X, dataset_kwargs=dict(chunks=(2**16,)))
                 small.append(rest)
-            cells = self._anndata(None, *map(np.concatenate, zip(*small)), how)
+            cells = self._anndata(None, *map(np.concatenate, zip(*small)), how, start)
             for k in ('obs','var'): write_elem(f, k, getattr(cells, k))
             for k in ('obsm','varm','obsp','varp','layers','uns'): write_elem(f, k, dict(getattr(cells, k)))
             f.attrs.update({'encoding-type':'anndata', 'encoding-version':'0.1.0'})
-        os.replace(tmp, out)
+        _name(tmp, out)
     finally: tmp.unlink(missing_ok=True)
     return out
+
+# %% ../nbs/05a_model.ipynb #d68cdfd3
+def _name(tmp, out):
+    "Give the file `tmp` the name `out`, unless a file has it"
+    try: os.link(tmp, out)
+    except FileExistsError: raise FileExistsError(f"{out} was made by another process in the meantime; choose another name or delete it") from None
+    except OSError: os.rename(tmp, out)   # a disk without hard links
 
 # %% ../nbs/05a_model.ipynb #3108e5b0
 @patch(as_prop=True)
@@ -464,9 +539,7 @@ def interpolate(self:SCLD,
     (i,j),denoiser = self._request({a:1, b:1}),self.net.denoiser.guided(guidance)
     def between(zt, t, w): return torch.lerp(denoiser(zt, t, torch.full_like(t, i)), denoiser(zt, t, torch.full_like(t, j)), w[:,None])
     def block(rng, w):
-        counts,z = self._draw(between, w, steps, rng)
-        with torch.no_grad(): score = self.net.scorer.score(torch.from_numpy(counts).to(z)).cpu().numpy()
-        return sparse.csr_matrix(counts, dtype=np.float32), z.cpu().numpy(), score, np.full(len(w), len(self.categories))
+        return *self._draw(between, w, steps, rng), np.full(len(w), len(self.categories))
     w = np.linspace(0, 1, n, dtype=np.float32)
     cells = self._anndata(*self._make(block, w, (seed,1)), dict(n=f'{n} from {a} to {b}', guidance=float(guidance), keep=1., steps=steps, seed=seed))
     cells.obs['weight'] = w
@@ -480,12 +553,20 @@ def save(self:SCLD,
     path:str|Path, # Folder to write
     overwrite:bool=False, # Replace a model that is there?
 )->Path: # The folder
-    "Write the trained model as safetensors and JSON"
+    "Write the trained model as safetensors and JSON; of several processes, the first writes and the others wait"
     if not self.trained: raise RuntimeError("this model is not trained; call model.train() first")
-    path = Path(path)
+    try:
+        if processes()[0]==0: self._save(Path(path), overwrite)
+    finally: wait()
+    return Path(path)
+
+# %% ../nbs/05a_model.ipynb #7922c881
+@patch
+def _save(self:SCLD, path, overwrite):
+    "Write the two files in a folder beside `path` and rename it"
     if path.exists() and not overwrite: raise FileExistsError(f"{path} is already there; pass overwrite=True to replace it")
     if path.exists() and not (path/'config.json').is_file(): raise FileExistsError(f"{path} is not a saved model and will not be replaced; choose another folder")
-    tmp = path.with_name(f'.{path.name}.part-{os.getpid()}')
+    tmp = _beside(path)
     tmp.mkdir(parents=True)
     try:
         w = tmp/'weights.safetensors'
@@ -493,9 +574,8 @@ def save(self:SCLD,
         config = dict(format=FORMAT, version=__version__, settings=self.settings, labels=self.labels, categories=self.categories, genes=self.genes,
                       cells=self.cells.to_dict('list'), scored=self.scored, weights=dict(size=w.stat().st_size, sha256=_sha256(w.read_bytes())))
         (tmp/'config.json').write_text(json.dumps(dict(config, sha256=_config_sha256(config)), indent=1), encoding='utf-8')
-        _swap_in(tmp, path)
+        _swap_in(tmp, path, overwrite)
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    return path
 
 # %% ../nbs/05a_model.ipynb #9d5efdc5
 def _sha256(data):
@@ -507,15 +587,17 @@ def _config_sha256(config):
     return _sha256(json.dumps(config, sort_keys=True).encode())
 
 # %% ../nbs/05a_model.ipynb #017e3b35
-def _swap_in(tmp, path):
+def _swap_in(tmp, path, overwrite):
     "Move the folder `tmp`, once it is on disk, to `path`, in place of what is there"
     for f in [*tmp.iterdir(),tmp]:
         fd = os.open(f, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
-    old = path.with_name(f'.{path.name}.old-{os.getpid()}')
-    if path.exists(): path.rename(old)
-    tmp.rename(path)
+    old = _beside(path)
+    with _alone(path.parent):
+        if path.exists() and not overwrite: raise FileExistsError(f"{path} was made by another process in the meantime; pass overwrite=True to replace it")
+        if path.exists(): path.rename(old)
+        tmp.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/05a_model.ipynb #07b6ec13

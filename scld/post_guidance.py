@@ -12,7 +12,8 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
-from .autoencoder import fit,lognorm_tensor,seeded
+from .autoencoder import lognorm_tensor,seeded
+from .dist import fit
 
 # %% ../nbs/05_post_guidance.ipynb #ec43cdac
 class Scorer(nn.Sequential):

@@ -211,7 +211,7 @@ class Autoencoder(nn.Module):
         likelihood:str='nb', # `nb` or `poisson` (counts), or `mse` (the paper's)
         noise:float|None=None, # Standard deviation of the noise on latents while training; learnt for each cell if absent, 0 for the paper's plain latent
         reads:str='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (all genes, scaled and logged; the paper's)
-        prior:float=0.08, # Standard deviation that weights of the last layer are expected to have, equation (A8); 0 for no expectation
+        prior:float=0.05, # Standard deviation that weights of the last layer are expected to have, equation (A8); 0 for no expectation
     ):
         super().__init__()
         for what,v,known in (('likelihood',likelihood,likelihoods), ('features',reads,features)):

@@ -37,7 +37,7 @@ defaults = dict(
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
     reads='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (all genes, scaled and logged; the paper's)
-    prior=0.08, # Standard deviation that weights of the decoder's last layer are expected to have; 0 for no expectation
+    prior=0.05, # Standard deviation that weights of the decoder's last layer are expected to have; 0 for no expectation
     drop_hidden=0.1, # Share of the autoencoder's hidden units dropped while training
     validation=0.1, # Share of the training cells, at most 1,000, on which the autoencoder's training is stopped; 0 for none
     widths=(256,192,128), # Widths of the U-Net, outermost first
@@ -132,7 +132,7 @@ def sched(self:SCLD)->NoiseSchedule: # Of `T` steps
 # %% ../nbs/05a_model.ipynb #290f33c9
 @patch(as_prop=True)
 def small(self:SCLD)->list: # Labels
-    "Labels of fewer than `min_cells` training cells: learnt holistically only, and not to be asked for"
+    "Labels of fewer than `min_cells` training cells: learnt without their name, and not to be asked for"
     return list(self.cells.index[self.cells['n']<self.settings['min_cells']])
 
 # %% ../nbs/05a_model.ipynb #845d4a1d
@@ -252,7 +252,7 @@ def _fit_labeller(self:SCLD,
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
     n,seed = min(len(self._label), 10_000),kw['seed']
-    fake = self._make(partial(self._block, guidance=-1., keep=1., steps=25), np.full(n, len(self.categories)), (seed,1))[0]
+    fake = self._make(partial(self._block, guidance=0., keep=1., steps=25), self._mix(n, seed), (seed,1))[0]
     real = self._X[np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False))]
     self.net.scorer = fit_scorer(real, fake, steps, device=self.device, desc='scorer', **kw)
     self.scored = True
@@ -260,7 +260,7 @@ def _fit_scorer(self:SCLD, steps, **kw):
 # %% ../nbs/05a_model.ipynb #fb732274
 @patch
 def train(self:SCLD,
-    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a sixth of them, at most 1,000, and at most 60 passes over the cells; the scorer a sixth
+    steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a third of them, at most 2,000, and at most 60 passes over the cells; the scorer a sixth
     batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
@@ -278,7 +278,7 @@ def train(self:SCLD,
         kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
         with seeded(seed): self._build(self.net.denoiser.means.cpu())
         self.net.to(device)
-        try: self._fit_autoencoder(max(min(steps//6, 1000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
+        try: self._fit_autoencoder(max(min(steps//3, 2000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
         self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))
         self._fit_scorer(max(steps//6, 5), checkpoint=kept('scorer'), **kw)
@@ -375,7 +375,7 @@ def _draw(self:SCLD,
 @torch.no_grad()
 def _block(self:SCLD,
     rng:np.random.Generator, # The block's own randomness
-    label:np.ndarray, # Condition of each cell wanted, K for holistic, shape (n,)
+    label:np.ndarray, # Condition of each cell wanted, K for none in particular, shape (n,)
     guidance:float, # ω of equation (13)
     keep:float, # Share of candidates to keep
     steps:int, # Network evaluations
@@ -415,11 +415,24 @@ def _make(self:SCLD, block, cond, key, *how):
     X,*rest = zip(*self._queue(block, cond, key, *how))
     return sparse.vstack(X, format='csr'), *map(np.concatenate, rest)
 
+# %% ../nbs/05a_model.ipynb #ac7ea7ea
+@patch
+def _mix(self:SCLD,
+    n:int, # Number of cells
+    seed:int, # Same seed, same order
+)->np.ndarray: # Condition of each cell, shape (n,)
+    "Labels as common as among the training cells, in random order"
+    rng,size,K = np.random.default_rng([seed,n]),self.cells['n'].to_numpy(),len(self.categories)
+    numbers = np.diff(np.floor(n*size.cumsum()/size.sum()+rng.random()).astype(int), prepend=0)
+    return rng.permutation(np.where(size<self.settings['min_cells'], K, np.arange(K)).repeat(numbers))
+
 # %% ../nbs/05a_model.ipynb #db7c5cb7
 @patch
 def _request(self:SCLD,
-    n:int|dict, # Number of holistic cells, or numbers by label
-)->np.ndarray: # Condition of each cell, K for holistic, shape (n,)
+    n:int|dict, # Number of cells of all kinds, or numbers by label
+    holistic:bool=False, # Leave the kinds of a number of cells to the model?
+    seed:int=0, # Same seed, same order of kinds
+)->np.ndarray: # Condition of each cell, K for none in particular, shape (n,)
     "The conditions that make up a request"
     if not self.trained: raise RuntimeError("this model is not trained; call model.train() first")
     want = n if isinstance(n, dict) else {None: n}
@@ -429,13 +442,14 @@ def _request(self:SCLD,
     for k,m in want.items():
         if isinstance(m, bool) or not isinstance(m, (int,np.integer)) or m<1: raise ValueError(f"the number of cells{f' of {k!r}' if k else ''} must be a whole number above 0, got {m!r}")
     if not want: raise ValueError("no cells asked for: pass a number, or {'label': number}")
-    return np.repeat([len(self.categories) if k is None else self.categories.index(k) for k in want], list(want.values()))
+    if not isinstance(n, dict): return np.full(n, len(self.categories)) if holistic else self._mix(n, seed)
+    return np.repeat([self.categories.index(k) for k in want], list(want.values()))
 
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
-    n:int|dict, # Number of cells of all kinds (holistic), or numbers by label: `{"NK": 500, "B": 200}`
-    guidance:float=0., # ω of (13) for cells asked for by label: 0 follows the label, above 0 exaggerates it
+    n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`
+    guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it, and leaves the kinds of a number of cells to the model (holistic, the paper's)
     keep:float=1., # Share of generated cells to keep, best score first: 0.8 in the paper, 1 for no filter
     steps:int=25, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
@@ -444,15 +458,14 @@ def sample(self:SCLD,
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
     progress:bool=False, # Show a bar on stderr?
 )->AnnData|Path: # Counts in `X` (CSR), kinds in `obs`, latents in `obsm["X_scld"]`, provenance in `uns["scld"]`; or the path of `out`
-    "Make new cells: holistic ones, or cells of given labels by equation (13)"
-    label,holistic = self._request(n),not isinstance(n, dict)
+    "Make new cells, of all kinds or of given labels, by equation (13)"
     if not -1<=guidance<=100: raise ValueError(f"guidance={guidance} must be between -1 and 100")
     if keep<1 and not self.scored: raise RuntimeError("training was stopped before the scorer: keep must be 1; train(checkpoint=…, resume=True) goes on")
     for k,v,low,high in (('seed',seed,0,2**63-1), ('batch_size',batch_size,1,10**9)): _in_range(k, v, low, high)
     snr_timesteps(self.sched, steps)
-    candidates(label, keep)
+    candidates(label := self._request(n, guidance==-1, seed), keep)
     start = BLOCK*_share(-(-len(label)//BLOCK), part)[0]
-    how = dict(n=str(n) if holistic else json.dumps({k: int(m) for k,m in n.items()}), guidance=-1. if holistic else float(guidance), keep=float(keep), steps=steps, seed=seed, part='{}/{}'.format(*part))
+    how = dict(n=json.dumps({k: int(m) for k,m in n.items()}) if isinstance(n, dict) else str(n), guidance=float(guidance), keep=float(keep), steps=steps, seed=seed, part='{}/{}'.format(*part))
     blocks = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps),label,(seed,0),max(batch_size//BLOCK, 1),progress,part
     return self._anndata(*self._make(*blocks), how, start) if out is None else self._write(Path(out), self._queue(*blocks), how, start)
 

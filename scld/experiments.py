@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ablations', 'quick', 'networks', 'trained_models', 'presets', 'data_sets', 'LABELS', 'systems', 'guidances', 'ranks',
-           'networks4', 'tables', 'standard_cells', 'judge', 'judge_asked', 'judge_types', 'run', 'control',
-           'quick_cells', 'redraw_library', 'choose', 'chosen_guidance', 'keep_runs', 'Preset', 'DataSet', 'read_file',
-           'here', 'best_sets', 'experiment_cells', 'System', 'mix', 'fit_typer', 'trained', 'judge_system',
-           'provenance', 'run_system', 'run_guidance', 'jobs', 'run_table', 'results_of', 'main', 'table', 'over_seeds']
+           'networks4', 'tables', 'published', 'published_fusion', 'published_types', 'pairs', 'standard_cells',
+           'judge', 'judge_asked', 'judge_types', 'run', 'control', 'quick_cells', 'redraw_library', 'choose',
+           'chosen_guidance', 'keep_runs', 'Preset', 'DataSet', 'read_file', 'here', 'best_sets', 'experiment_cells',
+           'System', 'mix', 'fit_typer', 'trained', 'judge_system', 'provenance', 'run_system', 'run_guidance', 'jobs',
+           'run_table', 'results_of', 'main', 'table', 'over_seeds', 'spread', 'summary', 'compare', 'claims', 'ahead',
+           'by_types', 'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
 
 # %% ../nbs/07_experiments.ipynb #32712497
 import argparse,hashlib,json,os,platform,sys,time,traceback
@@ -203,7 +205,7 @@ def keep_runs(
         f.with_suffix('.part').replace(f)
     return {name: json.loads((folder/f'{name}.json').read_text()) for name in jobs}
 
-# %% ../nbs/07_experiments.ipynb #4a16cf49
+# %% ../nbs/07_experiments.ipynb #bcba6c84
 @dataclass(frozen=True)
 class Preset:
     "Sizes of the experiments"
@@ -215,14 +217,15 @@ class Preset:
     seeds:tuple # One model each
     share:float # Share of the paper's numbers of cells in Figure 5
     scld:dict=field(default_factory=dict) # Settings of `SCLD`, over its own
-    steps:dict=field(default_factory=dict) # Training steps of each baseline; its own, the published budget, where none is named
+    steps:dict=field(default_factory=dict) # Training steps of each baseline; those of its settings where none are named
+    published:bool=False # Give baselines their published sizes and steps? Else those they have for a CPU
 
 # %% ../nbs/07_experiments.ipynb #75ab5a83
-trained_models = ('ScGAN','CscGAN','ACTIVA','ScVI','LatentDiffusion')
+trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion')
 presets = dict(
-    quick=Preset(600, 300, 150, 50, 20, (0,), 0.05, dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800), dict.fromkeys(trained_models, 30)),
-    laptop=Preset(None, None, 1500, 1000, 300, (0,1,2), 1., {}, dict.fromkeys(trained_models, 500)),
-    full=Preset(None, None, None, 1000, 1000, (0,1,2,3,4), 1.))
+    quick=Preset(600, 300, 150, 50, 20, (0,), 0.05, dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800), dict.fromkeys(trained_models, 100)),
+    laptop=Preset(None, None, 1500, 1000, 300, (0,1,2), 1.),
+    full=Preset(None, None, None, 1000, 1000, (0,1,2,3,4), 1., published=True))
 
 # %% ../nbs/07_experiments.ipynb #5b2bf159
 @dataclass(frozen=True)
@@ -301,11 +304,11 @@ systems = {
     'random': System('Random', 'Random'),
     'splatter': System('Splatter', 'Splatter'),
     'sugar': System('SUGAR', 'SUGAR'),
-    'scgan': System('scGAN', 'ScGAN'),
-    'cscgan': System('cscGAN', 'CscGAN'),
+    'scgan': System('scGAN', 'scGAN'),
+    'cscgan': System('cscGAN', 'cscGAN'),
     'activa': System('ACTIVA', 'ACTIVA'),
-    'scvi': System('scVI', 'ScVI'),
-    'latent': System('latent diffusion (scDiffusion-like)', 'LatentDiffusion'),
+    'scvi': System('scVI', 'scVI'),
+    'latent': System('latent diffusion (scDiffusion-like)', 'latent diffusion'),
     'paper': _scld('SCLD, paper’s settings', 'paper', types=False),
     'paper-pre': _scld('SCLD, paper’s settings, pre', 'paper', by_label=True),
     'paper-pre-post': _scld('SCLD, paper’s settings, pre and post', 'paper', by_label=True, keep=0.8),
@@ -344,7 +347,7 @@ def fit_typer(
 # %% ../nbs/07_experiments.ipynb #b3557ed9
 _typer = lru_cache(1)(lambda data, preset: fit_typer(experiment_cells(data, preset)[0], LABELS))
 
-# %% ../nbs/07_experiments.ipynb #bf0c69ed
+# %% ../nbs/07_experiments.ipynb #8452dfeb
 @lru_cache(1)
 def trained(
     model:str, # `SCLD`, or a name in `scld.baselines`
@@ -356,15 +359,17 @@ def trained(
     "Train a model on the training cells of an experiment"
     (train,_),p,own,clock = experiment_cells(data, preset),presets[preset],json.loads(settings),(time.time(),time.process_time())
     if model=='SCLD': m = SCLD(train, labels=LABELS, **{**p.scld, **own}).train(seed=seed, progress=False)
-    else: m = _baseline(model)(**own).fit(train, labels=LABELS, seed=seed, steps=p.steps.get(model))
+    else: m = _baseline(model, p.published, own).fit(train, labels=LABELS, seed=seed, steps=p.steps.get(model))
     return m,dict(train_seconds=round(time.time()-clock[0], 2), train_cpu_seconds=round(time.process_time()-clock[1], 2))
 
-# %% ../nbs/07_experiments.ipynb #39d6e1f2
-def _baseline(name):
-    "A class of `scld.baselines`"
+# %% ../nbs/07_experiments.ipynb #f417128c
+def _baseline(name, published, own):
+    "A baseline of `scld.baselines`, untrained, on a GPU when there is one"
     from scld.baselines import baselines
     if name not in baselines: raise ImportError(f"no baseline {name!r} here; there are {list(baselines)}")
-    return baselines[name]
+    kind = baselines[name]
+    device = dict(device='cuda') if 'device' in kind.defaults and torch.cuda.is_available() else {}
+    return kind(**{**device, **(kind.full if published else {}), **own})
 
 # %% ../nbs/07_experiments.ipynb #1c8f0927
 def _ask(system, model, want, seed):
@@ -403,7 +408,7 @@ def provenance(
                 n_trees=p.n_trees, type_trees=p.type_trees, version=__version__, python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
 
-# %% ../nbs/07_experiments.ipynb #560dc7c4
+# %% ../nbs/07_experiments.ipynb #1f3af4d3
 def run_system(
     system:str|System, # A name in `systems`, or a row of another table
     data:str, # One of `data_sets`
@@ -413,7 +418,9 @@ def run_system(
     "One row with one seed: train (or take the model just trained), sample, judge"
     s,p = systems[system] if isinstance(system, str) else system,presets[preset]
     model,took = trained(s.model, json.dumps(s.settings), data, preset, seed)
-    how = dict(model=s.model, settings={**(p.scld if s.model=='SCLD' else {}), **s.settings}, by_label=s.by_label, keep=s.keep, steps=model.settings['steps'] if s.model=='SCLD' else p.steps.get(s.model))
+    settings = dict(model.settings if s.model=='SCLD' else vars(model.cfg))
+    if s.model in p.steps: settings['steps'] = p.steps[s.model]
+    how = dict(model=s.model, settings=settings, by_label=s.by_label, keep=s.keep)
     return dict(system=s.title, ours=s.ours, seed=seed, **how, **provenance(data, preset), **took, **judge_system(s, model, data, preset, seed))
 
 # %% ../nbs/07_experiments.ipynb #92a8bb65
@@ -462,7 +469,7 @@ def jobs(
     "The runs of a table with one seed"
     if table=='figure5': return {f'scld-{seed}': partial(run_guidance, data, preset, seed)}
     if table not in tables: raise ValueError(f"no table {table!r}; choose from {[*tables,'figure5']}")
-    rows = {k: s for k,s in tables[table].items() if preset!='laptop' or s.settings.get('backbone')!='conv'}
+    rows = {k: s for k,s in tables[table].items() if preset=='full' or s.settings.get('backbone')!='conv'}
     return {f'{k}-{seed}': partial(run_system, s, data, preset, seed) for k,s in rows.items()}
 
 # %% ../nbs/07_experiments.ipynb #aeae9522
@@ -537,6 +544,158 @@ def over_seeds(
                          ('types','auc, worst'): max(r['types'].values()), ('training','minutes'): r['train_seconds']/60}
     runs = pd.DataFrame([flat(r) for r in results])
     return pd.DataFrame(dict(mean=runs.mean(), sd=runs.std()))
+
+# %% ../nbs/07_experiments.ipynb #c2807535
+published = dict(
+    pbmc68k={'positive': (0.51,0.05), 'random': (1.00,None), 'splatter': (1.00,129.52), 'sugar': (0.98,59.45), 'scgan': (0.73,0.90), 'activa': (0.68,0.80),
+             'paper': (0.65,0.77), 'paper-pre': (0.64,0.75), 'paper-pre-post': (0.59,0.65)},
+    brain_small={'positive': (0.50,0.02), 'random': (1.00,None), 'scgan': (0.74,0.97), 'activa': (0.62,0.77),
+                 'paper': (0.68,0.82), 'paper-pre': (0.68,0.81), 'paper-pre-post': (0.61,0.72)})
+published_fusion = dict(pbmc68k=dict(add=0.64, cat=0.65, attention=0.68), brain_small=dict(add=0.68, cat=0.68, attention=0.69))
+published_types = {'cscgan': {1: 0.82, 2: 0.72, 3: 0.86, 6: 0.75}, 'activa': {1: 0.73, 3: 0.74}, 'paper-pre': {1: 0.71, 2: 0.68, 3: 0.70, 6: 0.69}}
+
+# %% ../nbs/07_experiments.ipynb #b3179a33
+def spread(
+    values, # One figure a seed; None where there is none
+    digits:int=3, # After the point
+)->str: # `mean ± sd`, the mean alone for one seed, or nothing
+    "Mean and standard deviation over seeds"
+    v = [x for x in values if x is not None]
+    return '' if not v else f'{np.mean(v):.{digits}f}' + (f' ± {np.std(v, ddof=1):.{digits}f}' if len(v)>1 else '')
+
+# %% ../nbs/07_experiments.ipynb #05535ecf
+def summary(
+    results:dict, # Of one table, preset and data set, by row, from `results_of`
+    quoted:dict|None=None, # AUC and kernel distance that the paper prints, by row
+)->pd.DataFrame: # A row a system
+    "What every system scored, beside what the paper prints"
+    def row(k, rs):
+        c,t,q = [r['cells'] for r in rs],[list(r['types'].values()) for r in rs if 'types' in r],(quoted or {}).get(k, (None,None))
+        mean,worst = [np.mean(v) for v in t if v],[max(v) for v in t if v]
+        return {'row': rs[0]['system'], 'AUC, genes': spread([x['auc_genes'] for x in c]), 'paper': spread(q[:1], 2), 'AUC, 50 PCs': spread([x['auc_pcs'] for x in c]), 'MMD² × 10³': spread([x['mmd2_e3'] for x in c], 2), 'paper ': spread(q[1:], 2),
+                'recall': spread([x['recall'] for x in c], 2), 'types off': spread([x['types_off'] for x in c]), 'AUC by type': spread(mean), 'worst type': spread(worst), 'models': len(rs)}
+    rows = pd.DataFrame([row(k, rs) for k,rs in results.items()])
+    return rows.set_index('row').loc[:,lambda d: (d!='').any()] if len(rows) else rows
+
+# %% ../nbs/07_experiments.ipynb #b64ca250
+def compare(
+    a:list, # Results of one row, a seed each
+    b:list, # Of another
+    key:str='auc_genes', # Figure to compare; lower is better
+)->tuple: # `lower`, `higher` or `no difference` of `a`; b − a; twice the standard error of that
+    "Is the figure of one row lower than that of another? Equation (X1)"
+    def var(rs):
+        v,folds = [r['cells'][key] for r in rs],np.mean([r['cells'].get(f'{key}_sd', 0)**2 for r in rs])/5
+        return (folds+(np.var(v, ddof=1) if len(v)>1 else 0))/len(v)
+    d,two = np.mean([r['cells'][key] for r in b])-np.mean([r['cells'][key] for r in a]),2*(var(a)+var(b))**0.5
+    return ('lower' if d>two else 'higher' if d<-two else 'no difference'),float(d),float(two)
+
+# %% ../nbs/07_experiments.ipynb #d72041bc
+pairs = [('paper','random'),('paper','splatter'),('paper','sugar'),('paper','scgan'),('paper','activa'),('paper-pre','paper'),('paper-pre-post','paper-pre'),('paper-pre-post','activa')]
+
+def claims(
+    results:dict, # Of Table 3, by row
+    paper:str, # The paper's set that the data are, or stand for
+)->pd.DataFrame: # A row a claim
+    "The claims of Table 3: in the paper's own figures, and here"
+    said,word = published[paper],dict(lower='yes', higher='no, the opposite')
+    def quoted(a, b): return '' if a not in said or b not in said else 'yes' if said[a][0]<said[b][0] else 'no, equal' if said[a][0]==said[b][0] else 'no, the opposite'
+    def ours(a, b): return 'not run' if not {a,b}<=set(results) else '{}; {:+.3f}, 2 s.e. {:.3f}'.format(word.get((c := compare(results[a], results[b]))[0], c[0]), *c[1:])
+    return pd.DataFrame([{'claim': f'{systems[a].title}: lower AUC than {systems[b].title}', 'in the paper’s figures': quoted(a, b), 'here': ours(a, b)} for a,b in pairs]).set_index('claim')
+
+# %% ../nbs/07_experiments.ipynb #a7481340
+def ahead(
+    results:dict, # Of Table 3, by row
+)->str: # A sentence for the caption
+    "Is the best row of this library ahead of the best other system?"
+    def auc(rs): return np.mean([r['cells']['auc_genes'] for r in rs])
+    mine,rest = ({k: rs for k,rs in results.items() if k!='positive' and systems[k].ours==o} for o in (True,False))
+    if not mine or not rest: return 'Too few rows have been run to compare this library with others.'
+    (a,ra),(b,rb) = (min(d.items(), key=lambda kv: auc(kv[1])) for d in (mine,rest))
+    how,d,two = compare(ra, rb)
+    text = dict(lower='is ahead of', higher='is behind').get(how, 'cannot be told from')
+    return f'The best row of this library ({systems[a].title}, AUC {auc(ra):.3f}) {text} the best other system ({systems[b].title}, {auc(rb):.3f}): {d:+.3f}, twice the standard error {two:.3f}.'
+
+# %% ../nbs/07_experiments.ipynb #8509dc6c
+def by_types(
+    results:dict, # Of Table 3, by row
+)->pd.DataFrame: # Types by conditional rows: AUC, mean over seeds; the last row their mean
+    "AUC of cells asked for by name"
+    t = pd.DataFrame({rs[0]['system']: pd.DataFrame([r['types'] for r in rs]).mean() for k,rs in results.items() if all('types' in r for r in rs)})
+    return pd.concat([t, t.mean().to_frame('mean over types').T]) if len(t) else t
+
+# %% ../nbs/07_experiments.ipynb #f260055d
+def ahead_by_type(
+    results:dict, # Of Table 3, by row
+)->str: # A sentence for the caption
+    "In how many types is this library's best conditional row lower than every other system?"
+    t = by_types({k: rs for k,rs in results.items() if k!='positive'})
+    title = {systems[k].title: systems[k].ours for k in results}
+    mine,rest = ([c for c in t if title[c]==o] for o in (True,False))
+    if not mine or not rest: return 'Too few conditional rows have been run to compare types.'
+    best = t.loc['mean over types',mine].idxmin()
+    less = t.drop('mean over types')[best]<t.drop('mean over types')[rest].min(1)
+    other = t.loc['mean over types',rest].idxmin()
+    lost = ', '.join(less.index[~less])
+    return f'By type, {best} (mean {t.loc["mean over types",best]:.3f}) scores lower than every other system in {less.sum()} of {len(less)} types{f" (not in {lost})" if lost else ""}; the best other by the mean is {other} ({t.loc["mean over types",other]:.3f}).'
+
+# %% ../nbs/07_experiments.ipynb #954e8861
+def plot_claims(
+    sets:dict, # Data set: results of Table 3, by row
+): # Figure, a panel a data set
+    "AUC by system: published (hollow) and here (filled), with the control's band"
+    import matplotlib.pyplot as plt
+    order = [k for k in systems if k!='positive' and (any(k in r for r in sets.values()) or any(k in p for p in published.values()))][::-1]
+    fig,axs = plt.subplots(1, len(sets), figsize=(1.8+3.1*len(sets),0.6+0.3*len(order)), sharey=True, squeeze=False)
+    for ax,(data,results) in zip(axs[0], sets.items()):
+        said = published[data_sets[data].paper]
+        at = {k: [r['cells']['auc_genes'] for r in results[k]] for k in results}
+        for i,k in enumerate(order):
+            if k in said: ax.plot(said[k][0], i, 'D', mfc='white', mec='black', ms=6, zorder=3)
+            if k in at: ax.errorbar(np.mean(at[k]), i, xerr=np.std(at[k], ddof=1) if len(at[k])>1 else None, fmt='s' if systems[k].ours else 'o', color='black', ms=6, zorder=2)
+        if 'positive' in results:
+            m,s = (np.mean([r['cells'][f] for r in results['positive']]) for f in ('auc_genes','auc_genes_sd'))
+            ax.axvspan(m-2*s, m+2*s, color='0.85', zorder=0)
+        ax.set(xlim=(0.4,1.03), yticks=range(len(order)), yticklabels=[systems[k].title for k in order], xlabel='AUC, all genes (lower is better)', title=f'{data}')
+        ax.grid(axis='x', color='0.9')
+    marks = [plt.Line2D([], [], ls='', marker=m, mfc=f, mec='black', label=l) for m,f,l in (('D','white','published'),('o','black','here'),('s','black','here, this library'))]
+    fig.legend(handles=[*marks, plt.Rectangle((0,0), 1, 1, color='0.85', label='real cells')], ncols=4, loc='upper center', bbox_to_anchor=(0.5,0), fontsize=8, frameon=False)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/07_experiments.ipynb #6d32035b
+def describe_claims(
+    sets:dict, # Data set: results of Table 3, by row
+)->str: # Alternative text of the figure
+    "What `plot_claims` shows, in words"
+    def one(data, results):
+        said = published[data_sets[data].paper]
+        text = [f'{rs[0]["system"]} {np.mean([r["cells"]["auc_genes"] for r in rs]):.2f}' + (f' (published {said[k][0]:.2f})' if k in said else '') for k,rs in results.items()]
+        return f'{data}, {data_sets[data].about}: {", ".join(text)}.'
+    return 'AUC of a forest that tells generated from real cells, by system; 0.5 is perfect. ' + ' '.join(one(*kv) for kv in sets.items())
+
+# %% ../nbs/07_experiments.ipynb #6d4f1648
+def best_results(
+    table:str, # `table3`, `table4` or `figure5`
+    folder:Path='results', # Where results lie
+)->dict: # Data set: its preset, and results by row
+    "For every data set the results of the largest preset that has any"
+    found = {}
+    for data in data_sets:
+        have = [(p,r) for p in ('full','laptop','quick') if (r := results_of(table, p, data, folder))]
+        if have: found[data] = have[0]
+    return found
+
+# %% ../nbs/07_experiments.ipynb #e5c8438e
+def caption(
+    preset:str, # One of `presets`
+    results:dict, # By row
+)->str: # A sentence for under a table
+    "The cells, the sizes and the seeds behind a table"
+    r = next(iter(results.values()))[0]
+    seeds = sorted({x['seed'] for rs in results.values() for x in rs})
+    return (f"`{r['data']}` ({r['about']}), preset `{preset}`: {r['n_train']:,} training and {r['n_test']:,} test cells, {r['n_genes']:,} genes, {r['n_labels']} types or clusters, forests of {r['n_trees']:,} trees, seeds {', '.join(map(str, seeds))}."
+            + (' This preset shows that everything runs; it says nothing about quality.' if preset=='quick' else ''))
 
 # %% ../nbs/07_experiments.ipynb #90e9dfbf
 if __name__=='__main__' and getattr(globals().get('__spec__'), 'name', None)=='scld.experiments': sys.exit(main())

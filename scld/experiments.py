@@ -57,6 +57,17 @@ def judge(
     out['types_off'] = float(type_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
     return out
 
+# %% ../nbs/07_experiments.ipynb #1b24b959
+def _asked(ask, n, labels):
+    "Counts by label; None where a system refuses with `ValueError`"
+    try: made = ask(n)
+    except ValueError: made = None
+    if made is not None: return {t: made.X[(made.obs[labels]==t).to_numpy()] for t in n}
+    def one(t):
+        try: return ask({t: n[t]}).X
+        except ValueError: return None
+    return {t: one(t) for t in n}
+
 # %% ../nbs/07_experiments.ipynb #7913073b
 def judge_asked(
     ask, # Function of `{label: number}` that returns cells with these labels in `obs`
@@ -66,12 +77,12 @@ def judge_asked(
     seed:int=0, # Same seed, same judgement
     known=None, # Labels that can be asked for; all if None
     at_least:int=20, # Types with fewer test cells are not judged
-)->dict: # AUC by type
+)->dict: # AUC by type; None for a type that the system could not make
     "AUC of each type, asked for by name, against the test cells of that type"
     n = {t: int(k) for t,k in test.obs[labels].value_counts().items() if k>=at_least and (known is None or t in known)}
-    made = ask(n)
-    def cells(a, t): return lognorm(a.X[(a.obs[labels]==t).to_numpy()])
-    return {t: float(rf_auc(cells(test, t), cells(made, t), 'genes-5fold', n_trees, seed).mean()) for t in n}
+    made = _asked(ask, n, labels)
+    def real(t): return lognorm(test.X[(test.obs[labels]==t).to_numpy()])
+    return {t: None if X is None else float(rf_auc(real(t), lognorm(X), 'genes-5fold', n_trees, seed).mean()) for t,X in made.items()}
 
 # %% ../nbs/07_experiments.ipynb #2503c40d
 def judge_types(
@@ -268,7 +279,7 @@ def best_sets()->dict: # The paper's set: the data set to use for it; left out w
     found = {p: next(filter(here, names), None) for p,names in order.items()}
     return {p: name for p,name in found.items() if name}
 
-# %% ../nbs/07_experiments.ipynb #899718fa
+# %% ../nbs/07_experiments.ipynb #318c5db8
 LABELS = 'cell_type' # Column of `obs` with labels or clusters
 
 @lru_cache(1)
@@ -281,8 +292,10 @@ def experiment_cells(
     if preset not in presets: raise ValueError(f"no preset {preset!r}; choose from {list(presets)}")
     d,p,a = data_sets[data],presets[preset],data_sets[data].read()
     a.obs[LABELS] = read_labels(a, LABELS) if LABELS in a.obs else cluster(a)
-    n_test = p.n_test or d.n_test
-    return standard_cells(a, LABELS, n_test) if p.n_cells is None else quick_cells(a, LABELS, min(p.n_cells, a.n_obs-1), p.n_genes, n_test)
+    if p.n_cells is None: return standard_cells(a, LABELS, p.n_test or d.n_test)
+    many = a.obs[LABELS].value_counts()*min(p.n_cells/a.n_obs, 1)>=25
+    a = a[a.obs[LABELS].isin(many.index[many])].copy()
+    return quick_cells(a, LABELS, min(p.n_cells, a.n_obs-1), p.n_genes, p.n_test)
 
 # %% ../nbs/07_experiments.ipynb #b8335836
 @dataclass(frozen=True)
@@ -571,7 +584,7 @@ def summary(
     "What every system scored, beside what the paper prints"
     def row(k, rs):
         c,t,q = [r['cells'] for r in rs],[list(r['types'].values()) for r in rs if 'types' in r],(quoted or {}).get(k, (None,None))
-        mean,worst = [np.mean(v) for v in t if v],[max(v) for v in t if v]
+        mean,worst = (lambda t: ([np.mean(v) for v in t if v],[max(v) for v in t if v]))([[x for x in v if x is not None] for v in t])
         return {'row': rs[0]['system'], 'AUC, genes': spread([x['auc_genes'] for x in c]), 'paper': spread(q[:1], 2), 'AUC, 50 PCs': spread([x['auc_pcs'] for x in c]), 'MMD² × 10³': spread([x['mmd2_e3'] for x in c], 2), 'paper ': spread(q[1:], 2),
                 'recall': spread([x['recall'] for x in c], 2), 'types off': spread([x['types_off'] for x in c]), 'AUC by type': spread(mean), 'worst type': spread(worst), 'models': len(rs)}
     rows = pd.DataFrame([row(k, rs) for k,rs in results.items()])
@@ -621,7 +634,7 @@ def by_types(
     results:dict, # Of Table 3, by row
 )->pd.DataFrame: # Types by conditional rows: AUC, mean over seeds; the last row their mean
     "AUC of cells asked for by name"
-    t = pd.DataFrame({rs[0]['system']: pd.DataFrame([r['types'] for r in rs]).mean() for k,rs in results.items() if all('types' in r for r in rs)})
+    t = pd.DataFrame({rs[0]['system']: pd.DataFrame([r['types'] for r in rs], dtype=float).mean() for k,rs in results.items() if all(r.get('types') for r in rs)}).astype(float)
     return pd.concat([t, t.mean().to_frame('mean over types').T]) if len(t) else t
 
 # %% ../nbs/07_experiments.ipynb #f260055d

@@ -238,7 +238,7 @@ presets = dict(
     laptop=Preset(None, None, 1500, 1000, 300, (0,1,2), 1.),
     full=Preset(None, None, None, 1000, 1000, (0,1,2,3,4), 1., published=True))
 
-# %% ../nbs/07_experiments.ipynb #5b2bf159
+# %% ../nbs/07_experiments.ipynb #f6fbb7ec
 @dataclass(frozen=True)
 class DataSet:
     "Cells that experiments can use"
@@ -246,6 +246,7 @@ class DataSet:
     about:str # What they are, for captions
     paper:str # The paper's set that they are, or stand for
     n_test:int # Cells to set aside where the preset does not say
+    resolution:float=0.15 # Of Louvain clusters, where there are no labels
 
 # %% ../nbs/07_experiments.ipynb #0bec9433
 def read_file(
@@ -256,12 +257,12 @@ def read_file(
     if f is None: raise FileNotFoundError(f"no {name}.h5ad in $SCLD_DATA; set SCLD_DATA to the folder that holds it")
     return filter_cells(read_counts(f, drop_empty=True))
 
-# %% ../nbs/07_experiments.ipynb #d62d39c8
+# %% ../nbs/07_experiments.ipynb #9fb48507
 data_sets = dict(
     pbmc68k=DataSet(pbmc68k, "68k PBMC (Zheng et al. 2017), the paper's first set", 'pbmc68k', 6991),
     brain_small=DataSet(brain_small, "Brain Small (10x Genomics), the paper's second set", 'brain_small', 1997),
     zheng17_sorted=DataSet(partial(read_file, 'zheng17_sorted'), 'sorted blood cells (Zheng et al. 2017), a stand-in for 68k PBMC', 'pbmc68k', 1500),
-    neurons10k=DataSet(partial(read_file, 'neurons10k'), 'cells of 10x’s 1.3 M E18 mouse brain, 1,000 genes, a stand-in for Brain Small', 'brain_small', 1500),
+    neurons10k=DataSet(partial(read_file, 'neurons10k'), 'cells of 10x’s 1.3 M E18 mouse brain, 1,000 genes, a stand-in for Brain Small', 'brain_small', 1500, 1.),
     pbmc68k_reduced=DataSet(pbmc68k_reduced, '700 cells of 68k PBMC that come with scanpy, 765 genes, for tests', 'pbmc68k', 150))
 
 # %% ../nbs/07_experiments.ipynb #9a625d96
@@ -279,7 +280,7 @@ def best_sets()->dict: # The paper's set: the data set to use for it; left out w
     found = {p: next(filter(here, names), None) for p,names in order.items()}
     return {p: name for p,name in found.items() if name}
 
-# %% ../nbs/07_experiments.ipynb #318c5db8
+# %% ../nbs/07_experiments.ipynb #dc7512c3
 LABELS = 'cell_type' # Column of `obs` with labels or clusters
 
 @lru_cache(1)
@@ -291,7 +292,7 @@ def experiment_cells(
     if data not in data_sets: raise ValueError(f"no data set {data!r}; choose from {list(data_sets)}")
     if preset not in presets: raise ValueError(f"no preset {preset!r}; choose from {list(presets)}")
     d,p,a = data_sets[data],presets[preset],data_sets[data].read()
-    a.obs[LABELS] = read_labels(a, LABELS) if LABELS in a.obs else cluster(a)
+    a.obs[LABELS] = read_labels(a, LABELS) if LABELS in a.obs else cluster(a, d.resolution)
     if p.n_cells is None: return standard_cells(a, LABELS, p.n_test or d.n_test)
     many = a.obs[LABELS].value_counts()*min(p.n_cells/a.n_obs, 1)>=25
     a = a[a.obs[LABELS].isin(many.index[many])].copy()
@@ -457,11 +458,11 @@ def run_guidance(
     def look(X): named,z = name(X); return (named==label).mean(),np.linalg.norm(z-centre, axis=1).mean(),z
     share,unit,_ = look(test.X[(test.obs[LABELS]==label).to_numpy()])
     sets = {w: look(model.sample({label: max(int(n*p.share), 20)}, guidance=w, seed=seed).X) for w,n in guidances.items()}
-    real = np.random.default_rng(seed).permutation(train.n_obs)[:max(int(3000*p.share), 100)]
-    z = [name(train.X[real])[1], *(v[2] for v in sets.values())]
+    real = np.random.default_rng(seed).permutation(test.n_obs)[:max(int(3000*p.share), 100)]
+    z = [name(test.X[real])[1], *(v[2] for v in sets.values())]
     xy = np.split(TSNE(random_state=seed, init='pca').fit_transform(np.vstack(z)), np.cumsum([len(v) for v in z])[:-1])
     at = [dict(guidance=w, n=len(v[2]), share=float(v[0]), distance=float(v[1]/unit), xy=_ints(m)) for (w,v),m in zip(sets.items(), xy[1:])]
-    return dict(seed=seed, label=label, **provenance(data, preset), **took, real=dict(share=float(share), share_all=float((test.obs[LABELS]==label).mean()), xy=_ints(xy[0]), inside=_ints((train.obs[LABELS].iloc[real]==label).to_numpy()/10)), at=at)
+    return dict(seed=seed, label=label, **provenance(data, preset), **took, real=dict(share=float(share), share_all=float((test.obs[LABELS]==label).mean()), xy=_ints(xy[0]), inside=_ints((test.obs[LABELS].iloc[real]==label).to_numpy()/10)), at=at)
 
 # %% ../nbs/07_experiments.ipynb #70a49730
 def _change(title, **settings): return System(title, 'SCLD', dict(settings), by_label=True, types=False, ours=True)

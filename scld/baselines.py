@@ -6,8 +6,8 @@
 __all__ = ['baselines', 'Baseline', 'to_counts', 'assign_labels', 'Random', 'Positive', 'splat_logistic', 'splat_draw',
            'splat_means', 'splat_gene_means', 'common_dispersion', 'scatter_df', 'splat_estimate', 'Splatter',
            'sugar_geometry', 'sugar_levels', 'sugar_diffuse', 'SUGAR', 'gradient_penalty', 'LSN',
-           'ConditionalBatchNorm', 'Generator', 'Critic', 'ScGAN', 'CscGAN', 'margin_loss', 'bn_mlp', 'IntroVAE',
-           'ACTIVA', 'ScVI', 'LatentAE', 'time_features', 'SkipMLP', 'LatentClassifier', 'LatentDiffusion']
+           'ConditionalBatchNorm', 'Generator', 'Critic', 'ScGAN', 'CscGAN', 'margin_loss', 'IntroVAE', 'ACTIVA',
+           'ScVI', 'LatentAE', 'time_features', 'SkipMLP', 'LatentClassifier', 'LatentDiffusion']
 
 # %% ../nbs/06b_baselines.ipynb #74c0c75e
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def fit(self:Baseline,
     if not self.library.all(): raise ValueError(f"{(self.library==0).sum():,} cells have no counts, the first {adata.obs_names[self.library==0][0]!r}; leave them out")
     known = None if labels is None else read_labels(adata, labels, few=0)
     self.code,self.kinds = (None,[]) if known is None else (known.codes.astype(int),list(known.categories))
-    self.learn(X, seed, getattr(self.cfg, 'steps', 0) if steps is None else steps, progress)
+    self._learn(X, seed, getattr(self.cfg, 'steps', 0) if steps is None else steps, progress)
     return self
 
 # %% ../nbs/06b_baselines.ipynb #10a03699
@@ -73,25 +73,25 @@ def sample(self:Baseline,
 )->AnnData: # CSR float32 in `X`, the genes of the training cells in `var`, kinds in `obs` where the system knows them
     "New cells"
     kind,rng = self._wanted(n, label),np.random.default_rng(seed)
-    X,kind = self.draw(n if kind is None else len(kind), kind, rng)
+    X,kind = self._draw(n if kind is None else len(kind), kind, rng)
     X = sparse.csr_matrix(X, dtype=np.float32)
     X.eliminate_zeros()
     obs = pd.DataFrame(index=[f'made{i}' for i in range(X.shape[0])])
     if kind is not None: obs[self.labels] = pd.Categorical.from_codes(kind, self.kinds)
     return AnnData(X, obs=obs, var=self.var.copy())
 
-# %% ../nbs/06b_baselines.ipynb #3ffc6e9d
+# %% ../nbs/06b_baselines.ipynb #3837e738
 @patch
-def mix(self:Baseline,
+def _mix(self:Baseline,
     n:int, # Number of cells
     rng:np.random.Generator, # Source of randomness
 )->np.ndarray|None: # Kind of each cell, shape (n,); nothing where kinds are unknown
     "Kinds as often as in the training cells"
     return None if self.code is None else rng.choice(self.code, n)
 
-# %% ../nbs/06b_baselines.ipynb #7c9af164
+# %% ../nbs/06b_baselines.ipynb #8ef116bd
 @patch
-def libraries(self:Baseline,
+def _libraries(self:Baseline,
     n:int, # Number of cells
     kind, # Kind of each cell, shape (n,), or nothing
     rng:np.random.Generator, # Source of randomness
@@ -107,26 +107,35 @@ def to_counts(
     values:np.ndarray, # Expression on a linear scale, not negative, shape (n, n_genes)
     library:np.ndarray, # Library size to scale each cell to, in counts, shape (n,)
     rng:np.random.Generator, # Source of randomness
-    how:str='round', # `round` (at random, up or down) or `poisson`
+    how:str='round', # `round` or `poisson` (any scale), or `log` (values on a scale of 20,000)
 )->np.ndarray: # Whole numbers, shape (n, n_genes); a cell without a count gets one in its largest gene
-    "Counts around scaled values, equation (B1)"
-    if how not in ('round','poisson'): raise ValueError(f"counts are made by 'round' or 'poisson', not {how!r}")
-    values = np.asarray(values, float)
-    v = values*(library/np.maximum(values.sum(1), 1e-12))[:,None]
-    x = rng.poisson(v) if how=='poisson' else np.floor(v+rng.random(v.shape))
+    "Counts around values, equations (B1) and (B1')"
+    if how not in ('round','poisson','log'): raise ValueError(f"counts are made by 'round', 'poisson' or 'log', not {how!r}")
+    values,L = np.asarray(values, float),np.asarray(library, float)[:,None]
+    v = values*(L/20_000 if how=='log' else L/np.maximum(values.sum(1, keepdims=True), 1e-12))
+    x = np.floor(v)
+    if how=='poisson': x = rng.poisson(v)
+    elif how=='round': x += rng.random(v.shape)<v-x
+    else: x += rng.random(v.shape)<_log_share(values, x, L)
     empty = np.flatnonzero(x.sum(1)==0)
     x[empty,values[empty].argmax(1)] = 1
     return x
 
-# %% ../nbs/06b_baselines.ipynb #5fd9c903
+# %% ../nbs/06b_baselines.ipynb #c8cbaa3e
+def _log_share(values, k, L):
+    "Chance of k+1 rather than k for which the expected logarithm is that of `values`, equation (B1')"
+    g = lambda k: np.log1p(20_000*k/L)
+    return (np.log1p(values)-g(k))/(g(k+1)-g(k))
+
+# %% ../nbs/06b_baselines.ipynb #13f8d644
 @patch
-def as_counts(self:Baseline,
+def _as_counts(self:Baseline,
     values:np.ndarray, # Expression on a linear scale, shape (n, n_genes)
     kind, # Kind of each cell, shape (n,), or nothing
     rng:np.random.Generator, # Source of randomness
 )->np.ndarray: # Counts, or the values where the setting `counts` is None, shape (n, n_genes)
     "The values of a system as counts, by its setting `counts`"
-    return values if self.cfg.counts is None else to_counts(values, self.libraries(len(values), kind, rng), rng, self.cfg.counts)
+    return values if self.cfg.counts is None else to_counts(values, self._libraries(len(values), kind, rng), rng, self.cfg.counts)
 
 # %% ../nbs/06b_baselines.ipynb #31afd4a8
 def assign_labels(
@@ -148,8 +157,8 @@ def assign_labels(
 # %% ../nbs/06b_baselines.ipynb #6173b787
 class Random(Baseline):
     "Every gene drawn on its own from its values in the training cells, equation (B2)"
-    def learn(self, X, seed, steps, progress): self.counts = X
-    def draw(self, n, kind, rng):
+    def _learn(self, X, seed, steps, progress): self.counts = X
+    def _draw(self, n, kind, rng):
         genes = (g.toarray()[0] for g in self.counts.T.tocsr())
         return np.stack([rng.choice(g, n) for g in genes], 1),None
 
@@ -157,8 +166,8 @@ class Random(Baseline):
 class Positive(Baseline):
     "Training cells, drawn at random: what a perfect system would score"
     conditional = True
-    def learn(self, X, seed, steps, progress): self.counts = X
-    def draw(self, n, kind, rng):
+    def _learn(self, X, seed, steps, progress): self.counts = X
+    def _draw(self, n, kind, rng):
         def some(own, n): return rng.choice(own, n, replace=n>len(own))
         if kind is None: rows = some(np.arange(self.counts.shape[0]), n)
         else: rows = np.concatenate([some(np.flatnonzero(self.code==k), m) for k,m in zip(*np.unique(kind, return_counts=True))])
@@ -269,18 +278,18 @@ class Splatter(Baseline):
         match=True, # Deal drawn gene means to real genes by rank?
         dropout=False) # Lose counts by the fitted curve?
     full = dict(match=False)
-    def learn(self, X, seed, steps, progress):
+    def _learn(self, X, seed, steps, progress):
         code,rng = np.zeros(X.shape[0], int) if self.code is None else self.code,np.random.default_rng(seed)
         few = [k for k,n in enumerate(np.bincount(code)) if n<10]
         if few: raise ValueError(f"{len(few)} kinds have fewer than 10 cells, the first {self.kinds[few[0]]!r}; Splatter cannot fit them, merge or drop them")
         self.parameters = [splat_estimate(X[code==k], rng) for k in range(code.max()+1)]
         self.observed = [np.asarray(X[code==k].mean(0)).ravel() for k in range(code.max()+1)]
 
-# %% ../nbs/06b_baselines.ipynb #424ae9b1
+# %% ../nbs/06b_baselines.ipynb #e893e826
 @patch
-def draw(self:Splatter, n, kind, rng):
+def _draw(self:Splatter, n, kind, rng):
     "Counts and kinds of `n` cells"
-    kind,G = self.mix(n, rng) if kind is None else kind,len(self.observed[0])
+    kind,G = self._mix(n, rng) if kind is None else kind,len(self.observed[0])
     out,code = np.empty((n,G)),np.zeros(n, int) if kind is None else kind
     for k in np.unique(code):
         p,rows = self.parameters[k],np.flatnonzero(code==k)
@@ -340,7 +349,7 @@ class SUGAR(Baseline):
         t=1, # Steps of diffusion
         max_cells=5000, # Training cells to use, at most
         counts='poisson') # How values become counts; None: not at all
-    def learn(self, X, seed, steps, progress):
+    def _learn(self, X, seed, steps, progress):
         from sklearn.decomposition import PCA
         self.rows = np.sort(np.random.default_rng(seed).permutation(X.shape[0])[:self.cfg.max_cells])
         x = lognorm(X[self.rows]).toarray()
@@ -348,15 +357,15 @@ class SUGAR(Baseline):
         self.z = self.pca.transform(x).astype(float)
         self.degree,self.D,self.sigma = sugar_geometry(self.z, self.cfg.k)
 
-# %% ../nbs/06b_baselines.ipynb #5afe58d7
+# %% ../nbs/06b_baselines.ipynb #3c09699c
 @patch
-def draw(self:SUGAR, n, kind, rng):
+def _draw(self:SUGAR, n, kind, rng):
     "Counts and kinds of `n` cells"
     i = rng.choice(len(self.z), n, p=sugar_levels(self.degree, self.D, self.sigma))
     y = self.z[i]+np.einsum('nk,nkd->nd', rng.normal(size=(n,self.cfg.k)), self.D[i])
     y = sugar_diffuse(y, self.z, self.degree, self.cfg.k, self.cfg.t)
     kind = None if self.code is None else self.code[self.rows[i]]
-    return self.as_counts(np.expm1(self.pca.inverse_transform(y).clip(0, np.log1p(20_000))), kind, rng),kind
+    return self._as_counts(np.expm1(self.pca.inverse_transform(y).clip(0, np.log1p(20_000))), kind, rng),kind
 
 # %% ../nbs/06b_baselines.ipynb #32110a30
 def gradient_penalty(
@@ -402,11 +411,12 @@ class Generator(nn.Module):
         widths:list, # Hidden widths
         n_kinds:int=1, # Number of kinds
         momentum:float=0.01, # Of the batch normalisations
+        total:float=20_000, # Sum of each cell
     ):
         super().__init__()
         self.linear = nn.ModuleList(nn.Linear(i, o, bias=False) for i,o in zip([n_noise,*widths], widths))
         self.norm = nn.ModuleList(ConditionalBatchNorm(o, n_kinds, momentum) for o in widths)
-        self.out = nn.Sequential(nn.Linear(widths[-1], n_genes), nn.ReLU(), LSN())
+        self.out = nn.Sequential(nn.Linear(widths[-1], n_genes), nn.ReLU(), LSN(total))
         for l in self.linear: nn.init.xavier_uniform_(l.weight)
     def forward(self, z, kind):
         for linear,norm in zip(self.linear, self.norm): z = norm(linear(z), kind).relu()
@@ -436,14 +446,15 @@ class ScGAN(Baseline):
         batch=128, # Cells a step
         lr=5e-4, # Learning rate to start from; a tenth at the end
         penalty=10., # λ of (B7)
+        total=100., # Sum of each cell as the networks see it
         momentum=0.01, # Of the running means of batch normalisation
         counts='round', # How values become counts; None: not at all
         device='cpu') # Where to train
-    full = dict(widths=[256,512,1024], steps=1_000_000, lr=1e-4, momentum=0.001)
+    full = dict(widths=[256,512,1024], steps=1_000_000, lr=1e-4, total=20_000., momentum=0.001)
 
-# %% ../nbs/06b_baselines.ipynb #ca768048
+# %% ../nbs/06b_baselines.ipynb #f9a646f6
 @patch
-def critic_loss(self:ScGAN,
+def _critic_loss(self:ScGAN,
     real:torch.Tensor, # Real cells, sum 20,000, shape (n, n_genes)
     kind:torch.Tensor, # Their kinds, shape (n,)
 )->torch.Tensor: # Scalar
@@ -452,20 +463,20 @@ def critic_loss(self:ScGAN,
     u = torch.rand(len(real), 1, device=real.device)
     return (self.D(fake, kind)-self.D(real, kind)).mean()+self.cfg.penalty*gradient_penalty(lambda x: self.D(x, kind), real, fake, u)
 
-# %% ../nbs/06b_baselines.ipynb #fe2830af
+# %% ../nbs/06b_baselines.ipynb #70bea1f5
 @patch
-def learn(self:ScGAN, X, seed, steps, progress):
+def _learn(self:ScGAN, X, seed, steps, progress):
     "Train generator and critic"
     c,n = self.cfg,X.shape[0]
-    self.scaled,self.kind = (sparse.diags(20_000/self.library)@X).tocsr(),self._kinds(n)
+    self.scaled,self.kind = (sparse.diags(c.total/self.library)@X).tocsr(),self._kinds(n)
     K = int(self.kind.max())+1
-    with seeded(seed): self.G,self.D = Generator(X.shape[1], c.n_noise, c.widths, K, c.momentum).to(c.device),Critic(X.shape[1], c.widths[::-1], K).to(c.device)
+    with seeded(seed): self.G,self.D = Generator(X.shape[1], c.n_noise, c.widths, K, c.momentum, c.total).to(c.device),Critic(X.shape[1], c.widths[::-1], K).to(c.device)
     opts = [torch.optim.Adam(m.parameters(), lr=c.lr, betas=(0.5,0.9), amsgrad=True) for m in (self.D,self.G)]
     falls = [torch.optim.lr_scheduler.ExponentialLR(o, 0.1**(1/max(steps,1))) for o in opts]
     rows = batches(n, c.batch, c.n_critic*steps, seed)
     for step in tqdm(range(steps), type(self).__name__, disable=not progress, mininterval=1):
         with seeded(seed, step):
-            for _ in range(c.n_critic): _downhill(opts[0], self.critic_loss(*self._batch(next(rows))))
+            for _ in range(c.n_critic): _downhill(opts[0], self._critic_loss(*self._batch(next(rows))))
             kind = self.kind[torch.randint(n, (min(c.batch, n),))].to(c.device)
             _downhill(opts[1], -self.D(self.G(torch.randn(len(kind), c.n_noise, device=c.device), kind), kind).mean())
         for f in falls: f.step()
@@ -484,16 +495,16 @@ def _batch(self:ScGAN, idx):
     "Scaled cells and their kinds"
     return torch.from_numpy(self.scaled[idx.numpy()].toarray()).to(self.cfg.device),self.kind[idx].to(self.cfg.device)
 
-# %% ../nbs/06b_baselines.ipynb #c7282931
+# %% ../nbs/06b_baselines.ipynb #404d8abd
 @patch
 @torch.no_grad()
-def draw(self:ScGAN, n, kind, rng):
+def _draw(self:ScGAN, n, kind, rng):
     "Counts and kinds of `n` cells"
     kind = self._ask(n, kind, rng)
     z = torch.from_numpy(rng.standard_normal((n, self.cfg.n_noise), np.float32))
     code = torch.zeros(n, dtype=torch.long) if kind is None else torch.from_numpy(kind)
     v = np.concatenate([self.G(*(a.to(self.cfg.device) for a in part)).cpu().numpy() for part in zip(z.split(1000), code.split(1000))])
-    return self.as_counts(v, kind, rng),kind
+    return self._as_counts(v, kind, rng),kind
 
 @patch
 def _ask(self:ScGAN, n, kind, rng): return None
@@ -503,7 +514,7 @@ class CscGAN(ScGAN):
     "scGAN that is told the kind: conditional batch normalisation and a projection critic, equation (B9)"
     conditional = needs_labels = True
     def _kinds(self, n): return torch.from_numpy(self.code)
-    def _ask(self, n, kind, rng): return self.mix(n, rng) if kind is None else kind
+    def _ask(self, n, kind, rng): return self._mix(n, rng) if kind is None else kind
 
 # %% ../nbs/06b_baselines.ipynb #cfb1b4fb
 def margin_loss(
@@ -515,8 +526,8 @@ def margin_loss(
     "The encoder's part of (B10), without reconstruction"
     return real+0.25*((margin-rec).relu()+(margin-fake).relu())
 
-# %% ../nbs/06b_baselines.ipynb #bda452a0
-def bn_mlp(
+# %% ../nbs/06b_baselines.ipynb #c0662442
+def _bn_mlp(
     sizes:list, # Widths, the input first
 )->list: # Layers
     "Linear, ReLU, batch normalisation, for each width but the first"
@@ -531,8 +542,8 @@ class IntroVAE(nn.Module):
         widths:list, # Hidden widths of the encoder; the decoder has them in reverse
     ):
         super().__init__()
-        self.encoder = nn.Sequential(*bn_mlp([n_genes,*widths,2*n_latent]))
-        self.decoder = nn.Sequential(*bn_mlp([n_latent,*widths[::-1]]), nn.Linear(widths[0], n_genes), nn.ReLU())
+        self.encoder = nn.Sequential(*_bn_mlp([n_genes,*widths,2*n_latent]))
+        self.decoder = nn.Sequential(*_bn_mlp([n_latent,*widths[::-1]]), nn.Linear(widths[0], n_genes), nn.ReLU())
     def posterior(self, x): mean,log_var = self.encoder(x).chunk(2, dim=1); return mean,(log_var/2).exp()
     def energy(self, x): return latent_kl(*self.posterior(x)).mean()
 
@@ -544,28 +555,28 @@ class ACTIVA(Baseline):
         n_latent=128, # Size of the latent
         widths=[256,128,64], # Hidden widths of the encoder
         steps=3000, # Steps
-        warmup=0.1, # Share of them as a plain VAE
+        warmup=0.3, # Share of them as a plain VAE
         batch=128, # Cells a step
-        lr=2e-4, # Learning rate
+        lr=1e-3, # Learning rate
         margin=110., # m
         weight=0.05, # w
-        detached=False, # As in the script: no adversarial gradient to the decoder?
-        counts='poisson', # How values become counts; None: not at all
+        detached=True, # As in the script: no adversarial gradient to the decoder?
+        counts='log', # How values become counts; None: not at all
         device='cpu') # Where to train
-    full = dict(widths=[1024,512,256], steps=240_000, warmup=0.02) # 500 epochs of the 68k cells' 61,588 for training
+    full = dict(widths=[1024,512,256], steps=240_000, warmup=0.02, lr=2e-4) # 500 epochs of the 68k cells' 61,588 for training
 
-# %% ../nbs/06b_baselines.ipynb #29a248c7
+# %% ../nbs/06b_baselines.ipynb #828cacc9
 @patch
-def reconstruction(self:ACTIVA,
+def _reconstruction(self:ACTIVA,
     rec:torch.Tensor, # Reconstructions, logged values, shape (n, n_genes)
     x:torch.Tensor, # The cells, shape (n, n_genes)
 )->torch.Tensor: # Scalar
     "Squared errors of values and of the classifier's outputs, summed over genes and kinds, the last part of (B10)"
     return (rec-x).square().sum(1).mean()+(self.classifier(rec)-self.classifier(x)).square().sum(1).mean()
 
-# %% ../nbs/06b_baselines.ipynb #a52a0e49
+# %% ../nbs/06b_baselines.ipynb #ef30ba41
 @patch
-def adversarial_step(self:ACTIVA,
+def _adversarial_step(self:ACTIVA,
     opts:tuple, # Optimisers of encoder and decoder
     x:torch.Tensor, # Cells, logged values, shape (n, n_genes)
 ):
@@ -576,14 +587,14 @@ def adversarial_step(self:ACTIVA,
     rec,fake = net.decoder(z),net.decoder(noise)
     loss = margin_loss(latent_kl(mean, s).mean(), net.energy(rec.detach()), net.energy(fake.detach()), c.margin)
     for o in opts: o.zero_grad()
-    (loss+c.weight*self.reconstruction(rec, x)).backward()
+    (loss+c.weight*self._reconstruction(rec, x)).backward()
     opts[0].step()
     if not c.detached: (0.5*(net.energy(net.decoder(z.detach()))+net.energy(net.decoder(noise)))).backward()
     opts[1].step()
 
-# %% ../nbs/06b_baselines.ipynb #cdb7cb35
+# %% ../nbs/06b_baselines.ipynb #be7f372f
 @patch
-def learn(self:ACTIVA, X, seed, steps, progress):
+def _learn(self:ACTIVA, X, seed, steps, progress):
     "Train the classifier, then a plain VAE, then against itself"
     c,(n,G),code = self.cfg,X.shape,torch.from_numpy(self.code)
     x = lognorm(X)
@@ -591,17 +602,17 @@ def learn(self:ACTIVA, X, seed, steps, progress):
     with seeded(seed):
         self.classifier = nn.Sequential(*(l for i,o in ((G,100),(100,50),(50,25)) for l in (nn.Linear(i, o),nn.ReLU())), nn.Linear(25, len(self.kinds))).to(c.device)
         self.net = IntroVAE(G, c.n_latent, c.widths).to(c.device)
-    fit_network(self.classifier, lambda idx: F.cross_entropy(self.classifier(cells(idx)), code[idx].to(c.device)), n, max(steps//4, 1), c.batch, seed=seed, progress=progress, desc='classifier')
+    fit_network(self.classifier, lambda idx: F.cross_entropy(self.classifier(cells(idx)), code[idx].to(c.device)), n, max(steps//4, 200), c.batch, seed=seed, progress=progress, desc='classifier')
     self.classifier.requires_grad_(False)
     opts = [torch.optim.Adam(m.parameters(), lr=c.lr) for m in (self.net.encoder,self.net.decoder)]
     self.net.train()
     for step,idx in enumerate(tqdm(batches(n, c.batch, steps, seed), 'ACTIVA', steps, disable=not progress, mininterval=1)):
-        with seeded(seed, step): (self.warm_step if step<c.warmup*steps else self.adversarial_step)(opts, cells(idx))
+        with seeded(seed, step): (self._warm_step if step<c.warmup*steps else self._adversarial_step)(opts, cells(idx))
     self.net.eval()
 
-# %% ../nbs/06b_baselines.ipynb #8e9f3a0b
+# %% ../nbs/06b_baselines.ipynb #79555bc5
 @patch
-def warm_step(self:ACTIVA,
+def _warm_step(self:ACTIVA,
     opts:tuple, # Optimisers of encoder and decoder
     x:torch.Tensor, # Cells, logged values, shape (n, n_genes)
 ):
@@ -612,17 +623,17 @@ def warm_step(self:ACTIVA,
     ((rec-x).square().sum(1).mean()+latent_kl(mean, s).mean()).backward()
     for o in opts: o.step()
 
-# %% ../nbs/06b_baselines.ipynb #318bc3f4
+# %% ../nbs/06b_baselines.ipynb #12ae9f52
 @patch
 @torch.no_grad()
-def draw(self:ACTIVA, n, kind, rng):
+def _draw(self:ACTIVA, n, kind, rng):
     "Counts and kinds of `n` cells"
     def some(n):
         x = self.net.decoder(torch.from_numpy(rng.standard_normal((n, self.cfg.n_latent), np.float32)).to(self.cfg.device))
         return np.expm1(x.clamp(0, float(np.log1p(20_000))).cpu().numpy().astype(float)),self.classifier(x).argmax(1).cpu().numpy()
     if kind is None: v,kind = some(n)
     else: v,kind = _until(some, kind, self.kinds)
-    return self.as_counts(v, kind, rng),kind
+    return self._as_counts(v, kind, rng),kind
 
 # %% ../nbs/06b_baselines.ipynb #537b3f4a
 def _until(some, kind, kinds, rounds=50):
@@ -651,16 +662,16 @@ class ScVI(Baseline):
         steps=4000, # Steps, rounded up to whole epochs
         batch=128, # Cells a step
         device='cpu') # Where to train
-    full = dict(likelihood='zinb', steps=31_600) # The package's default, 400 epochs, for 10,000 cells
+    full = dict(likelihood='zinb', steps=28_400) # The package's default, 400 epochs, for 10,000 cells
 
-# %% ../nbs/06b_baselines.ipynb #8ab9f9d8
+# %% ../nbs/06b_baselines.ipynb #e62e92e3
 @patch
-def learn(self:ScVI, X, seed, steps, progress):
+def _learn(self:ScVI, X, seed, steps, progress):
     "Train the package's model"
     try: import scvi
     except ImportError: raise ImportError("ScVI needs one more package: pip install 'scld[peers]'") from None
     import logging,warnings
-    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    for k in ('lightning.pytorch','lightning.fabric'): logging.getLogger(k).setLevel(logging.ERROR)
     state = np.random.get_state()
     with seeded(seed),warnings.catch_warnings(action='ignore'):
         scvi.settings.seed,scvi.settings.verbosity = seed,30
@@ -672,18 +683,18 @@ def learn(self:ScVI, X, seed, steps, progress):
         self.z = self.model.get_latent_representation(give_mean=False)
     np.random.set_state(state)
 
-# %% ../nbs/06b_baselines.ipynb #dbd9a92f
+# %% ../nbs/06b_baselines.ipynb #b7675fca
 @patch
 @torch.no_grad()
-def draw(self:ScVI, n, kind, rng):
+def _draw(self:ScVI, n, kind, rng):
     "Counts and kinds of `n` cells"
-    kind = self.mix(n, rng) if kind is None else kind
+    kind = self._mix(n, rng) if kind is None else kind
     z = rng.standard_normal((n, self.cfg.n_latent))
     for k in [] if kind is None else np.unique(kind):
         own = self.z[self.code==k]
         z[kind==k] = rng.multivariate_normal(own.mean(0), np.cov(own.T)+1e-6*np.eye(own.shape[1]), (kind==k).sum(), method='svd')
     net = self.model.module.eval()
-    library = torch.from_numpy(self.libraries(n, kind, rng)[:,None]).float().log()
+    library = torch.from_numpy(self._libraries(n, kind, rng)[:,None]).float().log()
     with seeded(int(rng.integers(2**31))):
         parts = [net.generative(z=a, library=b, batch_index=torch.zeros(len(a), 1))['px'].sample() for a,b in zip(torch.from_numpy(z).float().split(1000), library.split(1000))]
     return torch.cat(parts).numpy(),kind
@@ -761,13 +772,13 @@ class LatentDiffusion(Baseline):
         steps=4000, # Training steps of the noise predictor; half as many of the autoencoder, a quarter of the classifier
         batch=128, # Cells a step
         lr=1e-3, # Peak learning rate
-        counts='poisson', # How values become counts; None: not at all
+        counts='log', # How values become counts; None: not at all
         device='cpu') # Where to train
     full = dict(ae_widths=[1024,1024,1024], widths=[512,512,256,128], steps=600_000, lr=1e-4)
 
-# %% ../nbs/06b_baselines.ipynb #08bce108
+# %% ../nbs/06b_baselines.ipynb #7ce31b8a
 @patch
-def learn(self:LatentDiffusion, X, seed, steps, progress):
+def _learn(self:LatentDiffusion, X, seed, steps, progress):
     "Train the autoencoder, then noise predictor and classifier on its latents"
     c,(n,G),x = self.cfg,X.shape,lognorm(X)
     def cells(idx): return torch.from_numpy(x[np.asarray(idx)].toarray()).to(c.device)
@@ -814,10 +825,10 @@ def reverse(self:LatentDiffusion,
             mean = mean+self.cfg.scale*var*torch.autograd.grad(log_p, zt)[0]
     return mean+var**0.5*noise
 
-# %% ../nbs/06b_baselines.ipynb #c83f19c8
+# %% ../nbs/06b_baselines.ipynb #21a22b5e
 @patch
 @torch.no_grad()
-def draw(self:LatentDiffusion, n, kind, rng):
+def _draw(self:LatentDiffusion, n, kind, rng):
     "Counts and kinds of `n` cells"
     c = self.cfg
     def normal(): return torch.from_numpy(rng.standard_normal((n, c.n_latent), np.float32)).to(c.device)
@@ -825,7 +836,7 @@ def draw(self:LatentDiffusion, n, kind, rng):
     for t in range(c.T-1, -1, -1): z = self.reverse(z, t, asked, normal())
     if kind is None and self.code is not None: kind = self.classifier(z, torch.zeros(n, device=c.device)).argmax(1).cpu().numpy()
     v = self.ae.decoder(z).clamp(0, float(np.log1p(20_000))).cpu().numpy().astype(float)
-    return self.as_counts(np.expm1(v), kind, rng),kind
+    return self._as_counts(np.expm1(v), kind, rng),kind
 
 # %% ../nbs/06b_baselines.ipynb #a77c9722
 baselines = {'Random':Random, 'Positive':Positive, 'Splatter':Splatter, 'SUGAR':SUGAR, 'scGAN':ScGAN, 'cscGAN':CscGAN, 'ACTIVA':ACTIVA, 'scVI':ScVI, 'latent diffusion':LatentDiffusion}

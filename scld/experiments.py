@@ -692,11 +692,12 @@ def describe_claims(
 def best_results(
     table:str, # `table3`, `table4` or `figure5`
     folder:Path='results', # Where results lie
+    among:tuple=('full','laptop','quick'), # Presets, the first that has results is taken
 )->dict: # Data set: its preset, and results by row
     "For every data set the results of the largest preset that has any"
     found = {}
     for data in data_sets:
-        have = [(p,r) for p in ('full','laptop','quick') if (r := results_of(table, p, data, folder))]
+        have = [(p,r) for p in among if (r := results_of(table, p, data, folder))]
         if have: found[data] = have[0]
     return found
 

@@ -235,7 +235,7 @@ class Preset:
 trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion')
 presets = dict(
     quick=Preset(600, 300, 150, 50, 20, (0,), 0.05, dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800), dict.fromkeys(trained_models, 100)),
-    laptop=Preset(None, None, 1500, 1000, 300, (0,1,2), 1.),
+    laptop=Preset(None, None, 1500, 1000, 1000, (0,1,2), 1.),
     full=Preset(None, None, None, 1000, 1000, (0,1,2,3,4), 1., published=True))
 
 # %% ../nbs/07_experiments.ipynb #f6fbb7ec

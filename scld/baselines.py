@@ -112,20 +112,21 @@ def to_counts(
     "Counts around values, equations (B1) and (B1')"
     if how not in ('round','poisson','log'): raise ValueError(f"counts are made by 'round', 'poisson' or 'log', not {how!r}")
     values,L = np.asarray(values, float),np.asarray(library, float)[:,None]
-    v = values*(L/20_000 if how=='log' else L/np.maximum(values.sum(1, keepdims=True), 1e-12))
+    total = np.maximum(values.sum(1, keepdims=True), 20_000. if how=='log' else 1e-12)
+    v = values*(L/total)
     x = np.floor(v)
     if how=='poisson': x = rng.poisson(v)
     elif how=='round': x += rng.random(v.shape)<v-x
-    else: x += rng.random(v.shape)<_log_share(values, x, L)
+    else: x += rng.random(v.shape)<_log_share(v, x, L)
     empty = np.flatnonzero(x.sum(1)==0)
     x[empty,values[empty].argmax(1)] = 1
     return x
 
-# %% ../nbs/06b_baselines.ipynb #c8cbaa3e
-def _log_share(values, k, L):
-    "Chance of k+1 rather than k for which the expected logarithm is that of `values`, equation (B1')"
+# %% ../nbs/06b_baselines.ipynb #fb846997
+def _log_share(v, k, L):
+    "Chance of k+1 rather than k for which the expected logarithm is that of `v`, equation (B1')"
     g = lambda k: np.log1p(20_000*k/L)
-    return (np.log1p(values)-g(k))/(g(k+1)-g(k))
+    return (g(v)-g(k))/(g(k+1)-g(k))
 
 # %% ../nbs/06b_baselines.ipynb #13f8d644
 @patch
@@ -257,7 +258,8 @@ def scatter_df(
 def splat_estimate(
     X:sparse.csr_matrix, # Counts, shape (n, n_genes)
     rng:np.random.Generator, # Chooses the cells and genes that the dispersion is fitted to
-)->dict: # All numbers of (B3), and `zeros`, the dropout curve
+    dropout:bool=False, # Fit the dropout curve as well?
+)->dict: # All numbers of (B3); `zeros` is the dropout curve, if fitted
     "The numbers of the splat model from data"
     from scipy import optimize
     library,X = X.sum(1).A1,X[:,X.getnnz(0)>1]
@@ -266,8 +268,8 @@ def splat_estimate(
     some = X[i][:,j].toarray().astype(float)
     mean = library[i,None]*means[j]/np.median(library)
     zeros = 1-X.getnnz(0)/X.shape[0]
-    curve,_ = optimize.curve_fit(splat_logistic, np.log(means), zeros, p0=(0.,-1.), maxfev=5000)
-    return dict(splat_means(means), lib_mean=np.log(library).mean(), lib_sd=np.log(library).std(), zeros=tuple(curve),
+    curve = tuple(optimize.curve_fit(splat_logistic, np.log(means), zeros, p0=(0.,-1.), maxfev=5000)[0]) if dropout else None
+    return dict(splat_means(means), lib_mean=np.log(library).mean(), lib_sd=np.log(library).std(), zeros=curve,
                 phi=0.1+0.25*common_dispersion(some, mean), df=scatter_df(some, mean))
 
 # %% ../nbs/06b_baselines.ipynb #f87dc546
@@ -282,7 +284,7 @@ class Splatter(Baseline):
         code,rng = np.zeros(X.shape[0], int) if self.code is None else self.code,np.random.default_rng(seed)
         few = [k for k,n in enumerate(np.bincount(code)) if n<10]
         if few: raise ValueError(f"{len(few)} kinds have fewer than 10 cells, the first {self.kinds[few[0]]!r}; Splatter cannot fit them, merge or drop them")
-        self.parameters = [splat_estimate(X[code==k], rng) for k in range(code.max()+1)]
+        self.parameters = [splat_estimate(X[code==k], rng, self.cfg.dropout) for k in range(code.max()+1)]
         self.observed = [np.asarray(X[code==k].mean(0)).ravel() for k in range(code.max()+1)]
 
 # %% ../nbs/06b_baselines.ipynb #e893e826
@@ -296,7 +298,7 @@ def _draw(self:Splatter, n, kind, rng):
         means = splat_gene_means(p, G, rng)
         if self.cfg.match: means = np.sort(means)[np.argsort(np.argsort(self.observed[k], kind='stable'))]
         library = np.exp(rng.normal(p['lib_mean'], p['lib_sd'], len(rows)))
-        out[rows] = splat_draw(means, library, p['phi'], p['df'], rng, p['zeros'] if self.cfg.dropout else None)
+        out[rows] = splat_draw(means, library, p['phi'], p['df'], rng, p['zeros'])
     return out,kind
 
 # %% ../nbs/06b_baselines.ipynb #36a40f78
@@ -681,6 +683,7 @@ def _learn(self:ScVI, X, seed, steps, progress):
         epochs = int(np.ceil(steps*self.cfg.batch/(0.9*X.shape[0])))
         self.model.train(epochs, accelerator=self.cfg.device, devices=1, batch_size=self.cfg.batch, enable_progress_bar=progress, enable_model_summary=False, logger=False)
         self.z = self.model.get_latent_representation(give_mean=False)
+        self.model.to_device('cpu')
     np.random.set_state(state)
 
 # %% ../nbs/06b_baselines.ipynb #b7675fca

@@ -252,7 +252,7 @@ def _fit_labeller(self:SCLD,
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
     n,seed = min(len(self._label), 10_000),kw['seed']
-    fake = self._make(partial(self._block, guidance=0., keep=1., steps=25), self._mix(n, seed), (seed,1))[0]
+    fake = self._make(partial(self._block, guidance=0., keep=1., steps=12), self._mix(n, seed), (seed,1))[0]
     real = self._X[np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False))]
     self.net.scorer = fit_scorer(real, fake, steps, device=self.device, desc='scorer', **kw)
     self.scored = True
@@ -451,7 +451,7 @@ def sample(self:SCLD,
     n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`
     guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it, and leaves the kinds of a number of cells to the model (holistic, the paper's)
     keep:float=1., # Share of generated cells to keep, best score first: 0.8 in the paper, 1 for no filter
-    steps:int=25, # Network evaluations a cell
+    steps:int=12, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # File to write block by block, for more cells than memory holds; an h5ad
@@ -545,7 +545,7 @@ def interpolate(self:SCLD,
     b:str, # Label to arrive at
     n:int, # Number of cells, evenly spread from `a` to `b`
     guidance:float=0., # ω of (13)
-    steps:int=25, # Network evaluations a cell
+    steps:int=12, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
 )->AnnData: # Counts in `X` (CSR); place between the labels, from 0 to 1, in `obs["weight"]`
     "Cells on the way from one label to another, equation (M2)"

@@ -8,8 +8,8 @@ __all__ = ['ablations', 'quick', 'networks', 'trained_models', 'presets', 'data_
            'judge', 'judge_asked', 'judge_types', 'run', 'control', 'quick_cells', 'redraw_library', 'choose',
            'chosen_guidance', 'keep_runs', 'Preset', 'DataSet', 'read_file', 'here', 'best_sets', 'experiment_cells',
            'System', 'mix', 'fit_typer', 'trained', 'judge_system', 'provenance', 'run_system', 'run_guidance', 'jobs',
-           'run_table', 'results_of', 'main', 'table', 'over_seeds', 'spread', 'summary', 'compare', 'claims', 'ahead',
-           'by_types', 'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
+           'run_table', 'results_of', 'main', 'table', 'spread', 'summary', 'compare', 'claims', 'ahead', 'by_types',
+           'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
 
 # %% ../nbs/07_experiments.ipynb #32712497
 import argparse,hashlib,json,os,platform,sys,time,traceback
@@ -547,17 +547,6 @@ def table(
                             **{'MMD² × 10³': round(r['mmd2_e3'], 2), 'of null': round(r['mmd_share_of_null'], 3), 'recall': round(r['recall'], 3), 'types off': round(r['types_off'], 3)})
     rows = {(name, r['data'], part): row(r[part]) for name,r in results.items() for part in ('plain','scorer','control') if part in r}
     return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['run','data','cells']))
-
-# %% ../nbs/07_experiments.ipynb #ce329cbf
-def over_seeds(
-    results:list, # Results of `run` that differ in their seed
-)->pd.DataFrame: # Mean and standard deviation of each figure
-    "The same figures over several models"
-    figures = ('auc_genes','auc_pcs','mmd_share_of_null','recall','types_off')
-    def flat(r): return {**{(part,k): r[part][k] for part in ('plain','scorer') for k in figures}, ('types','auc, mean'): np.mean(list(r['types'].values())),
-                         ('types','auc, worst'): max(r['types'].values()), ('training','minutes'): r['train_seconds']/60}
-    runs = pd.DataFrame([flat(r) for r in results])
-    return pd.DataFrame(dict(mean=runs.mean(), sd=runs.std()))
 
 # %% ../nbs/07_experiments.ipynb #c2807535
 published = dict(

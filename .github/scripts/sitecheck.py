@@ -76,7 +76,7 @@ def main(
     bad = 0
     with sync_playwright() as pw:
         browser = pw.chromium.launch(executable_path=exe, args=FLAGS)
-        page = browser.new_page()
+        page = browser.new_page(); page.set_default_timeout(180_000)  # a busy machine is no fault of a page
         for p in pages:
             name,said = p.relative_to(root).with_suffix('').as_posix(),[]
             for width in (1280,390):

@@ -141,7 +141,9 @@ def _read_mtx(path):
 # %% ../nbs/00_data.ipynb #22bf4186
 def _read_10x_h5(path):
     import scanpy as sc
-    with warnings.catch_warnings(action='ignore'): a = sc.read_10x_h5(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        a = sc.read_10x_h5(path)
     a.var_names_make_unique()
     return a
 

@@ -189,7 +189,7 @@ def plot_embedding(
     labels = report.settings['labels']
     kind = [a.obs[labels].to_numpy(str) if labels else np.repeat('cells', a.n_obs) for a in sets]
     for ax,zi,ki,name in zip(axs, np.split(z, [len(kind[0])]), kind, ('real','generated')):
-        for j,k in enumerate(sorted(set(np.concatenate(kind)))): ax.scatter(*zi[ki==k].T, s=5, color=f'C{j%10}', marker='osv^D'[j//10%5], label=k)
+        for j,k in enumerate(sorted(set(np.concatenate(kind)))): ax.scatter(*zi[ki==k].T, s=5, color=f'C{j%10}', marker='osv^D'[(j+j//10)%5], label=k)
         ax.set(title=f'{name} ({len(zi)} cells)', xticks=[], yticks=[], xlim=(z[:,0].min()-2,z[:,0].max()+2), ylim=(z[:,1].min()-2,z[:,1].max()+2))
 
 # %% ../nbs/06c_report.ipynb #e116069c
@@ -372,7 +372,7 @@ def _panel(report, name, dpi=130):
         images += f'<img alt="{escape(name)}: {escape(f.axes[0].get_title())}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
     if name=='Embedding' and report.settings['labels']:
         from matplotlib.colors import to_hex
-        key = '<p class="key">'+' '.join(f'<span><span style="color:{to_hex(h.get_facecolor()[0])};margin:0">●</span> {escape(t)}</span>' for h,t in zip(*axs[0].get_legend_handles_labels()))+'</p>'
+        key = '<p class="key">'+' '.join(f'<span><span style="color:{to_hex(h.get_facecolor()[0])};margin:0">{"●■▼▲◆"[(j+j//10)%5]}</span> {escape(t)}</span>' for j,(h,t) in enumerate(zip(*axs[0].get_legend_handles_labels())))+'</p>'
     return f'<figure{" class=w" if n>1 else ""}><div>{images}</div>{key}<figcaption><b>{escape(name)}.</b> {sentence}</figcaption></figure>'
 
 # %% ../nbs/06c_report.ipynb #881ae97a

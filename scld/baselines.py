@@ -675,7 +675,8 @@ def _learn(self:ScVI, X, seed, steps, progress):
     import logging,warnings
     for k in ('lightning.pytorch','lightning.fabric'): logging.getLogger(k).setLevel(logging.ERROR)
     state = np.random.get_state()
-    with seeded(seed),warnings.catch_warnings(action='ignore'):
+    with seeded(seed),warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         scvi.settings.seed,scvi.settings.verbosity = seed,30
         a = AnnData(X.copy(), obs=pd.DataFrame(index=[str(i) for i in range(X.shape[0])]))
         scvi.model.SCVI.setup_anndata(a)

@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'configs', 'ranges', 'BLOCK', 'FORMAT', 'SCLD']
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
-import contextlib,hashlib,json,os,shutil,sys
+import contextlib,hashlib,html,json,os,shutil,sys
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -692,3 +692,12 @@ def __repr__(self:SCLD):
     state = 'trained' if self.trained else 'not trained'
     return (f"SCLD, {state}: {len(self.genes):,} genes, {len(self.categories)} labels in {self.labels!r} ({', '.join(self.categories[:5])}{', …' if len(self.categories)>5 else ''})\n"
             f"{sum(p.numel() for p in self.net.parameters()):,} weights; " + ', '.join(f'{k}={v}' for k,v in self.settings.items()))
+
+# %% ../nbs/05a_model.ipynb #ab4c630d
+@patch
+def _repr_html_(self:SCLD):
+    own = {k: v for k,v in self.settings.items() if v!=defaults[k]}
+    facts = {'state': 'trained' if self.trained else 'not trained', 'genes': f'{len(self.genes):,}', 'weights': f'{sum(p.numel() for p in self.net.parameters()):,}',
+             f'cells by {self.labels}': ', '.join(f'{k} {n:,.0f}' for k,n in self.cells['n'].head(12).items())+(', …' if len(self.cells)>12 else ''),
+             'settings': ', '.join(f'{k}={v}' for k,v in own.items()) or 'the defaults'}
+    return '<table>'+''.join(f'<tr><th>{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k,v in facts.items())+"</table>"

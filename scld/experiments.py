@@ -51,7 +51,8 @@ def judge(
         folds = rf_auc(x, y, protocol, n_trees, seed)
         out[f'auc_{name}'],out[f'auc_{name}_sd'] = float(folds.mean()),float(folds.std())
     null = mmd2(x, permute_genes(x, test.obs[labels].to_numpy(), seed), seed=seed)
-    out['mmd2_e3'],out['mmd_share_of_null'] = 1e3*mmd2(x, y, seed=seed),mmd2(x, y, seed=seed)/null
+    near = mmd2(x, y, seed=seed)
+    out['mmd2_e3'],out['mmd_share_of_null'] = 1e3*near,near/null if null>1e-3 else None
     s = sides(x.shape[0], y.shape[0])
     out['recall'] = float(neighbour_metrics(pool_pcs(x, y), s)['recall'][0])
     out['types_off'] = float(type_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
@@ -544,7 +545,7 @@ def table(
 )->pd.DataFrame: # A row for each set judged
     "The figures of several runs side by side"
     def row(r): return dict({f'AUC, {k}': f"{r[f'auc_{k}']:.3f} ({r[f'auc_{k}_sd']:.3f})" for k in ('genes','pcs')},
-                            **{'MMD² × 10³': round(r['mmd2_e3'], 2), 'of null': round(r['mmd_share_of_null'], 3), 'recall': round(r['recall'], 3), 'types off': round(r['types_off'], 3)})
+                            **{'MMD² × 10³': round(r['mmd2_e3'], 2), 'of null': None if r['mmd_share_of_null'] is None else round(r['mmd_share_of_null'], 3), 'recall': round(r['recall'], 3), 'types off': round(r['types_off'], 3)})
     rows = {(name, r['data'], part): row(r[part]) for name,r in results.items() for part in ('plain','scorer','control') if part in r}
     return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['run','data','cells']))
 

@@ -7,7 +7,7 @@ __all__ = ['ablations', 'quick', 'networks', 'trained_models', 'presets', 'data_
            'networks4', 'tables', 'published', 'published_fusion', 'published_types', 'pairs', 'standard_cells',
            'judge', 'judge_asked', 'judge_types', 'run', 'control', 'quick_cells', 'redraw_library', 'choose',
            'chosen_guidance', 'keep_runs', 'Preset', 'DataSet', 'read_file', 'here', 'best_sets', 'experiment_cells',
-           'System', 'mix', 'fit_typer', 'trained', 'judge_system', 'provenance', 'run_system', 'run_guidance', 'jobs',
+           'System', 'fit_typer', 'trained', 'judge_system', 'provenance', 'run_system', 'run_guidance', 'jobs',
            'run_table', 'results_of', 'main', 'table', 'spread', 'summary', 'compare', 'claims', 'ahead', 'by_types',
            'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
 
@@ -330,19 +330,6 @@ systems = {
     'scld': _scld('scld, default', 'default', by_label=True),
     'scld-scorer': _scld('scld, default, scorer', 'default', by_label=True, keep=0.8)}
 
-# %% ../nbs/07_experiments.ipynb #4d3b6ee1
-def mix(
-    labels, # Label of each training cell, shape (n_cells,)
-    n:int, # Cells to ask for
-    min_cells:int=5, # Labels with fewer cells are left out
-)->dict: # Cells of each label, `n` in all
-    "A request in the proportions of `labels`; the largest remainders are rounded up"
-    k = pd.Series(np.asarray(labels)).value_counts().sort_index()
-    want = (k := k[k>=min_cells])/k.sum()*n
-    low = np.floor(want).astype(int)
-    low[(want-low).sort_values(ascending=False, kind='stable').index[:n-low.sum()]] += 1
-    return {t: int(m) for t,m in low.items() if m}
-
 # %% ../nbs/07_experiments.ipynb #fcfa32ad
 def fit_typer(
     train:AnnData, # Training cells
@@ -408,7 +395,7 @@ def judge_system(
     named = np.concatenate([name(test.X)[0], made.obs[LABELS]])
     out['cells'] = dict(judge(test, made, LABELS, p.n_trees, seed), types_off=float(type_distance(named, sides(test.n_obs, made.n_obs))[0]), empty=float((made.X.sum(1).A1==0).mean()))
     if system.types and (system.model=='SCLD' or getattr(model, 'conditional', False)):
-        out['types'] = judge_asked(partial(_ask, system, model, seed=seed), test, LABELS, p.type_trees, seed, mix(train.obs[LABELS], train.n_obs))
+        out['types'] = judge_asked(partial(_ask, system, model, seed=seed), test, LABELS, p.type_trees, seed, [k for k,m in train.obs[LABELS].value_counts().items() if m>=5])
     return out
 
 # %% ../nbs/07_experiments.ipynb #0d313f12

@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'configs', 'ranges', 'BLOCK', 'FORMAT', 'SCLD']
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
-import contextlib,hashlib,html,json,os,shutil,sys
+import contextlib,ctypes,hashlib,html,json,os,shutil,sys
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -600,8 +600,13 @@ def _config_sha256(config):
     return _sha256(json.dumps(config, sort_keys=True).encode())
 
 # %% ../nbs/05a_model.ipynb #017e3b35
+def _exchange(a, b):
+    "Let two folders trade names in one move; False where the system cannot"
+    try: return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)==0
+    except (OSError,AttributeError,TypeError): return False
+
 def _swap_in(tmp, path, overwrite):
-    "Move the folder `tmp`, once it is on disk, to `path`, in place of what is there"
+    "Move the folder `tmp`, once it is on disk, to `path`; what was there is deleted, by us or with `tmp`"
     for f in [*tmp.iterdir(),tmp]:
         fd = os.open(f, os.O_RDONLY)
         try: os.fsync(fd)
@@ -609,8 +614,8 @@ def _swap_in(tmp, path, overwrite):
     old = _beside(path)
     with _alone(path.parent):
         if path.exists() and not overwrite: raise FileExistsError(f"{path} was made by another process in the meantime; pass overwrite=True to replace it")
-        if path.exists(): path.rename(old)
-        tmp.rename(path)
+        if not path.exists(): tmp.rename(path)
+        elif not _exchange(tmp, path): path.rename(old); tmp.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/05a_model.ipynb #07b6ec13

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Report', 'evaluate', 'plot_embedding', 'plot_types', 'plot_markers', 'plot_library', 'plot_mean_variance',
-           'plot_zeros', 'plot_nearest', 'ruin', 'ladder']
+           'plot_zeros', 'plot_nearest', 'sweep_guidance', 'plot_guidance', 'ruin', 'ladder']
 
 # %% ../nbs/06c_report.ipynb #6c27dc66
 import base64,io
@@ -277,6 +277,44 @@ def plot_nearest(
     axs[0].hist(both[1], bins, histtype='step', lw=1.5, label='generated')
     axs[0].set(xlabel='distance to the nearest training cell', ylabel='cells', title='Nearest training cell')
     axs[0].legend(fontsize=8)
+
+# %% ../nbs/06c_report.ipynb #4ee7693b
+def sweep_guidance(
+    model, # What makes cells by `sample({label: n}, guidance=…, seed=…)`
+    real:AnnData, # Real cells that it has not seen; counts in `X`
+    labels:str, # Column of `obs`
+    kinds:tuple|None=None, # Labels to ask for; those with at least 20 real cells if absent
+    guidances:tuple=(-1.,-0.5,0.,0.5,1.,2.,4.), # Values of ω
+    n_trees:int=50, # Trees of the forests
+    seed:int=0, # Same seed, same figures
+)->pd.DataFrame: # A row for each label and ω, with `recognised` and `variety` as shares and `auc`
+    "What ω does to cells asked for by name, equation (13)"
+    from sklearn.linear_model import LogisticRegression
+    real = read_counts(real)
+    x,kind = lognorm(real.X),np.asarray(read_labels(real, labels), str)
+    kinds = kinds or [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
+    judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
+    def variance(y): return float((y.multiply(y).mean(0)-np.square(y.mean(0))).sum())
+    def turn(k, w):
+        y = lognorm(model.sample({k: own[k].shape[0]}, guidance=w, seed=seed).X)
+        return dict(label=k, guidance=w, recognised=(judge.predict(y)==k).mean(), variety=variance(y)/variance(own[k]), auc=rf_auc(own[k], y, 'pcs-5fold', n_trees, seed).mean())
+    return pd.DataFrame([turn(k, w) for k in kinds for w in guidances])
+
+# %% ../nbs/06c_report.ipynb #8d76fc44
+def plot_guidance(
+    swept:pd.DataFrame, # What `sweep_guidance` returned
+): # A matplotlib figure
+    "Recognised, variety and AUC against ω: a thin line for each label, a thick one for their mean"
+    import matplotlib.pyplot as plt
+    fig,axs = plt.subplots(1, 3, figsize=(8,2.3), layout='constrained')
+    mean = swept.groupby('guidance')[['recognised','variety','auc']].mean()
+    for ax,what in zip(axs, mean):
+        for (k,own),m in zip(swept.groupby('label'), 'osv^Dpx*'*9): ax.plot(own['guidance'], own[what], lw=0.7, marker=m, ms=3, label=k)
+        ax.plot(mean.index, mean[what], 'k', lw=2)
+        ax.axvline(0, c='lightgrey', lw=1, zorder=0)
+        ax.set(xlabel=r'guidance $\omega$', title=what)
+    axs[0].legend(fontsize=6)
+    return fig
 
 # %% ../nbs/06c_report.ipynb #34707a9a
 _panels = { # Name: function, axes, size of one in inches, what it needs, sentence

@@ -498,7 +498,7 @@ def _write(self:SCLD, out, blocks, how, start):
         with h5py.File(tmp, 'w') as f:
             for X,*rest in blocks:
                 if small: sparse_dataset(f['X']).append(X)
-                else: write_elem(f, 'X', X, dataset_kwargs=dict(chunks=(2**16,)))
+                else: write_elem(f, 'X', X, dataset_kwargs=dict(chunks=(2**16,), fletcher32=True))
                 small.append(rest)
             cells = self._anndata(None, *map(np.concatenate, zip(*small)), how, start)
             for k in ('obs','var'): write_elem(f, k, getattr(cells, k))

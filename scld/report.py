@@ -290,8 +290,8 @@ def sweep_guidance(
 )->pd.DataFrame: # A row for each label and ω, with `recognised` and `variety` as shares and `auc`
     "What ω does to cells asked for by name, equation (13)"
     from sklearn.linear_model import LogisticRegression
-    real = read_counts(real)
-    x,kind = lognorm(real.X),np.asarray(read_labels(real, labels), str)
+    real = _read(dict(real=real), labels)['real']
+    x,kind = lognorm(real.X),real.obs[labels].to_numpy(str)
     kinds = kinds or [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
     judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
     def variance(y): return float((y.multiply(y).mean(0)-np.square(y.mean(0))).sum())

@@ -78,7 +78,7 @@ def split(
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
     rows = deal([0]*cells.n_obs if kind is None else kind, (1-test,test), seed, group)
     with _whole(out) as tmp:
-        for name,i in zip(('train','test'), rows): cells[i].write_h5ad(tmp/f'{name}.h5ad', compression='gzip')
+        for name,i in zip(('train','test'), rows): cells[i].copy().write_h5ad(tmp/f'{name}.h5ad', compression='gzip')
     for name in ('train','test'): print(Path(out)/f'{name}.h5ad')
 
 # %% ../nbs/08_cli.ipynb #e2aa9aa6

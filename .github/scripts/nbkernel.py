@@ -3,7 +3,8 @@
 Every cell runs but those that carry a flag of `tst_flags` (such as `slow`) and the export at the end. Outputs are not kept.
 Needs `pip install nbclient ipykernel`.
 """
-import sys, time
+import os, sys, time
+for k in ('OMP_NUM_THREADS','NUMBA_NUM_THREADS'): os.environ.setdefault(k, '1')  # as in nbtest.py
 from pathlib import Path
 import nbformat
 from fastcore.script import call_parse

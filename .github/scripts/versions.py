@@ -9,7 +9,7 @@ import subprocess, sys, tempfile, venv
 from pathlib import Path
 
 SETS = dict(
-    oldest=['scanpy==1.10.*','anndata==0.11.*','pandas<3','zarr<3'], # anndata 0.11 knows no later ones
+    oldest=['scanpy==1.10.*','anndata==0.11.*','pandas<3','zarr<3','scipy<1.15'], # anndata 0.11 knows no later ones
     newest=['scanpy','anndata'])
 QUICK = ('00_data','05a_model','06c_report','tutorials/quickstart')
 

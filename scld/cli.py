@@ -69,16 +69,19 @@ def split(
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` whose kinds are to be as common in both parts
     groups:str=None, # Column of `obs`, such as the donor, no group of which is to be in both parts
+    min_cells:int=3, # Fewest cells that a gene must be seen in to be kept; 0 keeps all
     seed:int=0, # Same seed, same cells
 ):
     "Set cells aside to judge by, which the model will not see"
-    from scld.data import read_counts,read_labels,split as deal
+    from scld.data import filter_genes,read_counts,read_labels,split as deal
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
     cells = read_counts(data, layer)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
     rows = deal([0]*cells.n_obs if kind is None else kind, (1-test,test), seed, group)
+    kept = filter_genes(cells, min_cells)
+    if kept.n_vars<cells.n_vars: print(f'{cells.n_vars-kept.n_vars:,} of {cells.n_vars:,} genes, seen in fewer than {min_cells} cells, are left out; --min_cells 0 keeps them', file=sys.stderr)
     with _whole(out) as tmp:
-        for name,i in zip(('train','test'), rows): cells[i].copy().write_h5ad(tmp/f'{name}.h5ad', compression='gzip')
+        for name,i in zip(('train','test'), rows): kept[i].copy().write_h5ad(tmp/f'{name}.h5ad', compression='gzip')
     for name in ('train','test'): print(Path(out)/f'{name}.h5ad')
 
 # %% ../nbs/08_cli.ipynb #e2aa9aa6

@@ -118,7 +118,7 @@ def sample(
     labels:str=None, # Several kinds, with numbers: "NK=500,B=200"
     guidance:float=0., # How far to exaggerate the kinds; 0 for not at all
     keep:float=1., # Share of generated cells to keep, best first
-    steps:int=12, # Network evaluations a cell
+    steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
 ):

@@ -40,8 +40,8 @@ defaults = dict(
     prior=0.05, # Standard deviation that weights of the decoder's last layer are expected to have; 0 for no expectation
     drop_hidden=0.1, # Share of the autoencoder's hidden units dropped while training
     validation=0.1, # Share of the training cells, at most 1,000, on which the autoencoder's training is stopped; 0 for none
-    widths=(256,192,128), # Widths of the U-Net, outermost first
-    n_emb=128, # Size of the embedding of step and condition
+    widths=(96,96), # Widths of the U-Net, outermost first
+    n_emb=64, # Size of the embedding of step and condition
     dropout=0.1, # Share of units that the U-Net drops while training
     backbone='mlp', # Layers of the U-Net: `mlp` or `conv`
     fusion='add', # How step and condition are heard: `add`, `cat` or `attention`
@@ -55,7 +55,7 @@ defaults = dict(
 # %% ../nbs/05a_model.ipynb #516028bf
 configs = dict(
     default={},
-    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., drop_hidden=0., validation=0., steps=20_000))
+    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., drop_hidden=0., validation=0., widths=(256,192,128), n_emb=128, steps=20_000))
 
 # %% ../nbs/05a_model.ipynb #884b3dbb
 ranges = dict(n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.), prior=(0.,100.), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=(1,65_536), n_emb=(2,4096),
@@ -252,7 +252,7 @@ def _fit_labeller(self:SCLD,
 def _fit_scorer(self:SCLD, steps, **kw):
     "Stage 3: training cells against generated ones"
     n,seed = min(len(self._label), 10_000),kw['seed']
-    fake = self._make(partial(self._block, guidance=0., keep=1., steps=12), self._mix(n, seed), (seed,1))[0]
+    fake = self._make(partial(self._block, guidance=0., keep=1., steps=10), self._mix(n, seed), (seed,1))[0]
     real = self._X[np.sort(np.random.default_rng(seed).choice(len(self._label), n, replace=False))]
     self.net.scorer = fit_scorer(real, fake, steps, device=self.device, desc='scorer', **kw)
     self.scored = True
@@ -451,7 +451,7 @@ def sample(self:SCLD,
     n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`
     guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it, and leaves the kinds of a number of cells to the model (holistic, the paper's)
     keep:float=1., # Share of generated cells to keep, best score first: 0.8 in the paper, 1 for no filter
-    steps:int=12, # Network evaluations a cell
+    steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # File to write block by block, for more cells than memory holds; an h5ad
@@ -545,7 +545,7 @@ def interpolate(self:SCLD,
     b:str, # Label to arrive at
     n:int, # Number of cells, evenly spread from `a` to `b`
     guidance:float=0., # ω of (13)
-    steps:int=12, # Network evaluations a cell
+    steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
 )->AnnData: # Counts in `X` (CSR); place between the labels, from 0 to 1, in `obs["weight"]`
     "Cells on the way from one label to another, equation (M2)"

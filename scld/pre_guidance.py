@@ -42,7 +42,7 @@ class Embed(nn.Sequential):
     "MLP from mean expression to the U-Net's embedding"
     def __init__(self,
         n_genes:int, # Number of genes
-        n_emb:int=128, # Size of the U-Net's embedding
+        n_emb:int=64, # Size of the U-Net's embedding
     ): super().__init__(nn.Linear(n_genes, n_emb), nn.LayerNorm(n_emb), nn.SiLU(), nn.Linear(n_emb, n_emb))
 
 # %% ../nbs/04_pre_guidance.ipynb #c31b0e8e

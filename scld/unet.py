@@ -126,8 +126,8 @@ class UNet(nn.Module):
     "Residual U-Net that predicts the noise in `zt`, equation (U6)"
     def __init__(self,
         n_latent:int, # Size of a latent
-        widths:tuple=(256,192,128), # Width of each level, outermost first
-        n_emb:int=128, # Size of the embeddings of step and condition, even
+        widths:tuple=(96,96), # Width of each level, outermost first
+        n_emb:int=64, # Size of the embeddings of step and condition, even
         dropout:float=0.1, # Share of units dropped while training
         backbone:str='mlp', # `mlp`, or `conv` along the latent, which costs far more
         fusion:str='add', # How step and condition are heard: `add`, `cat` or `attention`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NoiseSchedule', 'linear_betas', 'cosine_betas', 'gaussian_kl', 'ddpm_step', 'ddim_step', 'dpm_step', 'timesteps',
-           'snr_timesteps', 'quadratic_timesteps', 'sample']
+           'snr_timesteps', 'sample']
 
 # %% ../nbs/03_diffusion.ipynb #20bf1d41
 import math,torch
@@ -234,32 +234,17 @@ def timesteps(
     if not 1<=steps<=T: raise ValueError(f"steps={steps} must be between 1 and the schedule's {T}")
     return torch.linspace(T-1, 0, steps).round().int().tolist()
 
-# %% ../nbs/03_diffusion.ipynb #c1d25a7e
-def _distinct(near, T):
-    "Rising steps below `T`, moved as little as makes them differ, from the last to the first"
-    k = torch.arange(len(near))
-    return torch.minimum((near-k).cummax(0).values+k, T-len(near)+k).flip(0).tolist()
-
 # %% ../nbs/03_diffusion.ipynb #388d0ea5
 def snr_timesteps(
     sched:NoiseSchedule, # Noise schedule
     steps:int|None=None, # Steps to visit, 1 to T; all if absent
 )->list: # Visited steps, from T-1 down to 0
     "Steps evenly spaced in log signal to noise, from the noisiest to the first (Lu et al. 2022)"
-    n = len(timesteps(len(sched), steps))
+    T,n = len(sched),len(timesteps(len(sched), steps))
     logsnr = (sched.alphas_cumprod/(1-sched.alphas_cumprod)).log()
     want = torch.linspace(logsnr[-1].item(), logsnr[0].item(), n).flip(0)
-    return _distinct((logsnr[:,None]-want).abs().argmin(0), len(sched))
-
-# %% ../nbs/03_diffusion.ipynb #7a90c3d2
-def quadratic_timesteps(
-    T:int, # Steps of the schedule
-    steps:int|None=None, # Steps to visit, 1 to T; all if absent
-)->list: # Visited steps, falling from T-1
-    "Steps with evenly spaced square roots, from the noisiest to where little noise is left, equation (D13)"
-    n = len(timesteps(T, steps))
-    roots = torch.linspace((T-1)**0.5, min(0.3*T/n, T-1)**0.5, n)
-    return _distinct((roots.flip(0)**2).round().long(), T)
+    near,k = (logsnr[:,None]-want).abs().argmin(0),torch.arange(n)
+    return torch.minimum((near-k).cummax(0).values+k, T-n+k).flip(0).tolist()
 
 # %% ../nbs/03_diffusion.ipynb #8a7729f2
 @torch.no_grad()

@@ -24,7 +24,7 @@ from . import __version__
 from .autoencoder import Autoencoder,Checkpoint,Standardize,seeded
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
 from .dist import fit,processes,wait
-from .diffusion import NoiseSchedule,dpm_step,linear_betas,quadratic_timesteps,sample as run_sampler
+from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
 from .stream import CountStream
@@ -338,7 +338,7 @@ def _cells(self:SCLD,
 )->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
     "Denoise, decode, draw and score some cells, Algorithm 2"
     zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
-    z = run_sampler(denoiser, zT, self.sched, cond, quadratic_timesteps(len(self.sched), steps), dpm_step)
+    z = run_sampler(denoiser, zT, self.sched, cond, snr_timesteps(self.sched, steps), dpm_step)
     raw = self.net.scale.inverse(z)
     counts = self.net.ae.draw(raw[:,:-1], raw[:,-1:].exp().clamp(*self.net.library.tolist()), _PerRow(seeds))
     score = self.net.scorer.score(torch.from_numpy(counts).to(z))
@@ -462,7 +462,7 @@ def sample(self:SCLD,
     if not -1<=guidance<=100: raise ValueError(f"guidance={guidance} must be between -1 and 100")
     if keep<1 and not self.scored: raise RuntimeError("training was stopped before the scorer: keep must be 1; train(checkpoint=…, resume=True) goes on")
     for k,v,low,high in (('seed',seed,0,2**63-1), ('batch_size',batch_size,1,10**9)): _in_range(k, v, low, high)
-    quadratic_timesteps(len(self.sched), steps)
+    snr_timesteps(self.sched, steps)
     candidates(label := self._request(n, guidance==-1, seed), keep)
     start = BLOCK*_share(-(-len(label)//BLOCK), part)[0]
     how = dict(n=json.dumps({k: int(m) for k,m in n.items()}) if isinstance(n, dict) else str(n), guidance=float(guidance), keep=float(keep), steps=steps, seed=seed, part='{}/{}'.format(*part))

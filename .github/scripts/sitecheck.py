@@ -1,7 +1,7 @@
 """Open every page of the built site in headless Chromium, as a reader does, on a wide screen and on a phone.
 
 Fails on an error in the console, a file that does not load, mathematics that was not set, a link inside the site that leads
-nowhere, a picture without a text for those who cannot see it, and a page wider than the screen. Needs `pip install
+nowhere, a picture without a text for those who cannot see it, a link spelt out in code, and a page wider than the screen. Needs `pip install
 playwright` and a Chromium on the machine; looks at the files only, without a network.
 """
 import re, shutil, sys
@@ -15,10 +15,11 @@ LOOK = r"""() => {
   const text = document.createTreeWalker(document.querySelector('main') || document.body, NodeFilter.SHOW_TEXT), raw = [];
   for (let n; n = text.nextNode();) if (!n.parentElement.closest('pre,code,script,style,.katex') && /\$[^$\s][^$]*\$|\\\(|\\\[/.test(n.data)) raw.push(n.data.trim().slice(0, 60));
   const no_alt = [...document.images].filter(i => !(i.getAttribute('alt') || '').trim()).length;
+  const coded = [...document.querySelectorAll('main pre')].filter(p => /\]\(https?:/.test(p.textContent)).length;
   const failed = document.querySelectorAll('.katex-error').length;
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const links = [...document.querySelectorAll('a[href]')].map(a => a.href).filter(h => h.startsWith('file:'));
-  return {raw, no_alt, failed, wide, links};
+  return {raw, no_alt, coded, failed, wide, links};
 }"""
 
 def look(page, path, width):
@@ -34,6 +35,7 @@ def look(page, path, width):
     for k,f in on.items(): page.remove_listener(k, f)
     said += [f'not set: {t}' for t in got['raw']]
     if got['failed']: said.append(f"{got['failed']} formulas that KaTeX cannot set")
+    if got['coded']: said.append(f"{got['coded']} blocks of code with a link in them")
     if got['no_alt']: said.append(f"{got['no_alt']} pictures without alt text")
     if got['wide']>1: said.append(f"{got['wide']} pixels wider than a screen of {width}")
     return said,got['links']

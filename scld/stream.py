@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import _blocks,_checked_names,_fault,_matrix,_open,_refuse,_rows
+from .data import _blocks,_checked_names,_fault,_matrix,_open,_refuse,_rows,read_counts
 
 # %% ../nbs/00b_stream.ipynb #d92567ea
 class CountStream:
@@ -107,3 +107,22 @@ def _hold(self:CountStream, rows):
     "Read `rows`, sorted, into memory in place of what was held"
     self._rows_held,self._held = rows[:0],None
     self._rows_held,self._held = rows,self._read(rows)
+
+# %% ../nbs/00b_stream.ipynb #bf38202e
+def write_like(path, source, n_cells, n_genes, chunk=20_000, seed=0):
+    "Write cells drawn with replacement from `source` to an h5ad file; genes beyond those it has are twins that take some of the counts"
+    import h5py
+    from anndata.io import sparse_dataset,write_elem
+    a,rng = read_counts(source),np.random.default_rng(seed)
+    if n_genes<a.n_vars: a = a[:,np.sort(np.argsort(-a.X.sum(0).A1, kind='stable')[:n_genes])]
+    a = a[a.X.sum(1).A1>0].copy()
+    rows,twins = rng.integers(0, a.n_obs, n_cells),(n_genes-1-np.arange(a.n_vars))//a.n_vars+1
+    def part(i):
+        X = a.X[rows[i:i+chunk]]
+        X.indices = (X.indices+a.n_vars*rng.integers(0, twins[X.indices])).astype(np.int32)
+        return sparse.csr_matrix((X.data,X.indices,X.indptr), shape=(X.shape[0],n_genes))
+    obs,var = a.obs[['cell_type']].iloc[rows].set_index(np.arange(n_cells).astype(str)),pd.DataFrame(index=[f'g{j}' for j in range(n_genes)])
+    with h5py.File(path, 'w') as f:
+        write_elem(f, '/', AnnData(obs=obs, var=var))
+        write_elem(f, 'X', part(0), dataset_kwargs=dict(compression='lzf'))
+        for i in range(chunk, n_cells, chunk): sparse_dataset(f['X']).append(part(i))

@@ -90,10 +90,16 @@ def _refuse(adata, layer, fault):
     if fault is None: return
     what,n,i,j,v,top = fault
     others = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
-    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _fault(_blocks(_matrix(adata, k))) is None]
+    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(adata, k)]
     looks = ' (looks log-normalised)' if what=='fractional' and top<15 else ''
     hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts, or round_counts=True to round' if what=='fractional' else 'pass the raw counts'
     raise ValueError(f"{_named(layer)} is not counts{looks}: {n:,} {what} value{'s'[:n>1]}, the first {v:g} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}; {hint}")
+
+# %% ../nbs/00_data.ipynb #f0000001
+def _holds_counts(adata, layer):
+    "Does this matrix hold counts?"
+    try: return _fault(_blocks(_matrix(adata, layer))) is None
+    except (TypeError,ValueError): return False
 
 # %% ../nbs/00_data.ipynb #bcc3da80
 def check_counts(
@@ -266,8 +272,9 @@ def _variable(X, n):
     "Which `n` genes vary most, shape (n_genes,)"
     import scanpy as sc
     a = AnnData(lognorm(X))
-    sc.pp.highly_variable_genes(a, n_top_genes=min(n, a.n_vars))
-    return a.var['highly_variable'].to_numpy()
+    sc.pp.highly_variable_genes(a)
+    best = np.argsort(-a.var['dispersions_norm'].fillna(-np.inf).to_numpy(), kind='stable')[:n]
+    return np.isin(np.arange(a.n_vars), best)
 
 # %% ../nbs/00_data.ipynb #6501863e
 def top_genes(
@@ -275,6 +282,7 @@ def top_genes(
     n_top_genes:int=2000, # Genes to keep
 )->AnnData: # The same cells with the most variable genes, in their old order, a copy
     "The most variable genes, by dispersion on scaled and logged counts (scanpy)"
+    if n_top_genes<1: raise ValueError(f"n_top_genes={n_top_genes} must be at least 1")
     return adata[:,_variable(adata.X, n_top_genes)].copy()
 
 # %% ../nbs/00_data.ipynb #a677cc6d
@@ -291,7 +299,9 @@ def read_labels(
     cats = col.astype('category').cat
     unused = set(cats.categories)-set(col)
     if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
-    labels = pd.Categorical(col.astype(str), categories=[str(c) for c in cats.categories if c not in unused])
+    names = pd.Index([str(c) for c in cats.categories if c not in unused])
+    if not names.is_unique: raise ValueError(f"obs[{key!r}] has different values that read alike, the first {names[names.duplicated()][0]!r}; make them all text or all numbers")
+    labels = pd.Categorical(col.astype(str), categories=names)
     _warn_small(labels, key, few)
     return labels
 
@@ -377,10 +387,17 @@ def split(
     "Row numbers of disjoint parts with the same mix of labels"
     rng,n = np.random.default_rng(seed),len(labels)
     s = np.asarray(sizes, dtype=float)
-    s = np.round(s*n).astype(int) if s.sum()<=1+1e-9 else s.astype(int)
+    s = np.diff(np.round(np.cumsum(s)*n), prepend=0).astype(int) if s.sum()<=1+1e-9 else s.astype(int)
     if (s<=0).any() or s.sum()>n: raise ValueError(f"cannot split {n} cells into parts of {list(sizes)}: each needs a cell and together at most {n}")
-    codes = pd.factorize(np.asarray(labels))[0]
+    codes = _codes(labels, 'label')
     return _split_cells(codes, s, rng) if groups is None else _split_groups(codes, s, rng, groups)
+
+# %% ../nbs/00_data.ipynb #f0000002
+def _codes(names, what):
+    "A number for each name; cells without one are refused"
+    codes = pd.factorize(np.asarray(names))[0]
+    if (codes<0).any(): raise ValueError(f"{(codes<0).sum()} of {len(codes)} cells have no {what}, the first is number {np.argmax(codes<0)}; name it or drop these cells")
+    return codes
 
 # %% ../nbs/00_data.ipynb #2c44cbe6
 def _split_cells(codes, s, rng):
@@ -395,7 +412,7 @@ def _split_cells(codes, s, rng):
 # %% ../nbs/00_data.ipynb #d0464972
 def _split_groups(codes, s, rng, groups):
     "Parts of about `s` cells each, made of whole groups"
-    g = pd.factorize(np.asarray(groups))[0]
+    g = _codes(groups, 'group')
     have = np.zeros((g.max()+1, codes.max()+1))
     np.add.at(have, (g,codes), 1)
     if len(have)<len(s): raise ValueError(f"{len(have)} groups cannot fill {len(s)} parts")

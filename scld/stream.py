@@ -51,7 +51,7 @@ def __getitem__(self:CountStream,
     rows, # Row numbers in any order, shape (n,), or a slice
 )->sparse.csr_matrix: # Counts, shape (n, n_genes), float32
     "Rows as CSR, from the pool when it has them all"
-    rows = np.arange(self.shape[0])[rows if isinstance(rows, slice) else np.asarray(rows)]
+    rows = np.arange(self.shape[0])[rows if isinstance(rows, slice) else np.asarray(rows, None if len(rows) else int)]
     at = np.searchsorted(self._rows_held, rows)
     if len(self._rows_held) and (self._rows_held[at.clip(max=len(self._rows_held)-1)]==rows).all(): return self._held[at]
     return self._read(rows)
@@ -60,6 +60,7 @@ def __getitem__(self:CountStream,
 @patch
 def _read(self:CountStream, rows):
     "Rows from disk: one read for each run of consecutive numbers"
+    if not len(rows): return sparse.csr_matrix((0,self.shape[1]), dtype=np.float32)
     want,back = np.unique(rows, return_inverse=True)
     runs = np.split(want, np.flatnonzero(np.diff(want)!=1)+1)
     X = sparse.vstack([_rows(self._on_disk, int(r[0]), int(r[-1])+1) for r in runs], format='csr')
@@ -78,15 +79,18 @@ def batches(self:CountStream,
     steps:int, # Number of batches
     seed:int=0, # Same seed, same batches
     start:int=0, # Batches to leave out at the beginning; pools without any other are not read
+    among:np.ndarray|None=None, # Rows that may be in a batch, True or False, shape (n_cells,), at least half of them; all if absent
 ):
     "Yield arrays of row numbers, `steps` less `start` of them, each from the pool that is in memory at that moment"
     n,step,epoch = self.shape[0],0,0
-    size = min(batch_size, n)
-    starts,pool = np.arange(0, n, self.block),max(self.pool, -(-2*size//self.block))
+    among = np.ones(n, bool) if among is None else among
+    size = min(batch_size, among.sum())
+    starts,pool = np.arange(0, n, self.block),max(self.pool, -(-3*size//self.block))
     while True:
         rng = np.random.default_rng([seed,epoch])
         for blocks in _pools(rng.permutation(starts), pool):
             rows = np.concatenate([np.arange(b, min(b+self.block, n)) for b in blocks])
+            rows = rows[among[rows]]
             rng.shuffle(rows)
             if step+len(rows)//size>start: self._hold(np.sort(rows))
             for i in range(0, len(rows)-size+1, size):
@@ -124,5 +128,7 @@ def write_like(path, source, n_cells, n_genes, chunk=20_000, seed=0):
     obs,var = a.obs[['cell_type']].iloc[rows].set_index(np.arange(n_cells).astype(str)),pd.DataFrame(index=[f'g{j}' for j in range(n_genes)])
     with h5py.File(path, 'w') as f:
         write_elem(f, '/', AnnData(obs=obs, var=var))
-        write_elem(f, 'X', part(0), dataset_kwargs=dict(compression='lzf'))
+        X = part(0)
+        X.indptr = X.indptr.astype(np.int64) # Room for more than 2**31 counts
+        write_elem(f, 'X', X, dataset_kwargs=dict(compression='lzf'))
         for i in range(chunk, n_cells, chunk): sparse_dataset(f['X']).append(part(i))

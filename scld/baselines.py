@@ -11,7 +11,7 @@ __all__ = ['baselines', 'Baseline', 'to_counts', 'assign_labels', 'Random', 'Pos
 
 # %% ../nbs/06b_baselines.ipynb #74c0c75e
 from types import SimpleNamespace
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import random, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
@@ -44,7 +44,7 @@ def fit(self:Baseline,
     "Learn from `adata`; `ValueError` where `X` is not counts or kinds are missing"
     check_counts(adata)
     if self.needs_labels and labels is None: raise ValueError(f"{type(self).__name__} learns from labelled cells; pass labels=, a column of obs ({list(adata.obs)}), such as one made with scld.data.cluster")
-    X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    X = sparse.csr_matrix(adata.X, dtype=np.float32, copy=True)
     self.var,self.labels,self.library = adata.var.copy(),labels,X.sum(1).A1
     if not self.library.all(): raise ValueError(f"{(self.library==0).sum():,} cells have no counts, the first {adata.obs_names[self.library==0][0]!r}; leave them out")
     known = None if labels is None else read_labels(adata, labels, few=0)
@@ -674,18 +674,19 @@ def _learn(self:ScVI, X, seed, steps, progress):
     except ImportError: raise ImportError("ScVI needs one more package: pip install 'scld[peers]'") from None
     import logging,warnings
     for k in ('lightning.pytorch','lightning.fabric'): logging.getLogger(k).setLevel(logging.ERROR)
-    state = np.random.get_state()
-    with seeded(seed),warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        scvi.settings.seed,scvi.settings.verbosity = seed,30
-        a = AnnData(X.copy(), obs=pd.DataFrame(index=[str(i) for i in range(X.shape[0])]))
-        scvi.model.SCVI.setup_anndata(a)
-        self.model = scvi.model.SCVI(a, n_latent=self.cfg.n_latent, n_hidden=self.cfg.n_hidden, gene_likelihood=self.cfg.likelihood)
-        epochs = int(np.ceil(steps*self.cfg.batch/(0.9*X.shape[0])))
-        self.model.train(epochs, accelerator=self.cfg.device, devices=1, batch_size=self.cfg.batch, enable_progress_bar=progress, enable_model_summary=False, logger=False)
-        self.z = self.model.get_latent_representation(give_mean=False)
-        self.model.to_device('cpu')
-    np.random.set_state(state)
+    state,plain = np.random.get_state(),random.getstate()
+    try:
+        with seeded(seed),warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            scvi.settings.seed,scvi.settings.verbosity = seed,30
+            a = AnnData(X.copy(), obs=pd.DataFrame(index=[str(i) for i in range(X.shape[0])]))
+            scvi.model.SCVI.setup_anndata(a)
+            self.model = scvi.model.SCVI(a, n_latent=self.cfg.n_latent, n_hidden=self.cfg.n_hidden, gene_likelihood=self.cfg.likelihood)
+            epochs = int(np.ceil(steps*self.cfg.batch/(0.9*X.shape[0])))
+            self.model.train(epochs, accelerator=self.cfg.device, devices=1, batch_size=self.cfg.batch, enable_progress_bar=progress, enable_model_summary=False, logger=False)
+            self.z = self.model.get_latent_representation(give_mean=False)
+            self.model.to_device('cpu')
+    finally: np.random.set_state(state); random.setstate(plain)
 
 # %% ../nbs/06b_baselines.ipynb #b7675fca
 @patch

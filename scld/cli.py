@@ -142,21 +142,31 @@ def _pair(part):
     if not (i.isdigit() and k.isdigit()): raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
     return int(i),int(k)
 
+# %% ../nbs/08_cli.ipynb #1a7c53be
+def _sets(layer, **files):
+    "Counts of every file by the name of its argument; `synth` without that layer is read from `X`"
+    from scld.data import _open,read_counts
+    out = {}
+    for name,f in files.items():
+        try: out[name] = read_counts(a := _open(f), layer if name!='synth' or layer in a.layers else None)
+        except (ValueError,KeyError,OSError,TypeError) as e: raise ValueError(f'{name}: {e.args[0]}') from e
+    return out
+
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
     real:str, # Real cells that the generator has not seen
     synth:str, # Generated cells
     out:str='report', # Folder for the results; must be new or empty
     train:str=None, # Real cells that the generator has learnt from, for floor and audit
+    layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
     labels:str=None, # Column of `obs` with the kinds of cells, in all files
     trees:int=100, # Trees of the forests; 1,000 for the published protocol
     seed:int=0, # Same seed, same figures
 ):
     "Show how well generated cells pass for real ones"
-    from scld.data import read_counts
     from scld.report import evaluate as compare
     with _whole(out) as tmp:
-        sets = {k: read_counts(f) for k,f in dict(real=real, synth=synth, train=train).items() if f}
+        sets = _sets(layer, real=real, synth=synth, **(dict(train=train) if train else {}))
         report = compare(**sets, labels=labels, n_trees=trees, seed=seed)
         (tmp/'metrics.json').write_text(json.dumps(dict(real=real, synth=synth, train=train, settings=report.settings, metrics=report.metrics, privacy=report.privacy), indent=1, default=float))
         report.to_html(tmp/'report.html')
@@ -168,14 +178,17 @@ def audit(
     train:str, # Real cells that the generator has learnt from
     held:str, # Real cells that it has not seen
     synth:str, # Generated cells
+    layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
     seed:int=0, # Same seed, same figures
 ):
     "Ask whether generated cells give training cells away"
-    from scld.data import lognorm,read_counts
+    from scld.data import lognorm
     from scld.privacy import audit as ask
-    sets = [read_counts(f) for f in (train,held,synth)]
-    if any(list(s.var_names)!=list(sets[0].var_names) for s in sets): raise ValueError("the three files must have the same genes in the same order")
-    for k,v in ask(*(s.X for s in sets), lognorm, seed=seed).items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
+    from scld.report import _align
+    sets = _sets(layer, train=train, held=held, synth=synth)
+    found = ask(*(_align(s, sets['train'].var_names, k).X for k,s in sets.items()), lognorm, seed=seed)
+    for k,v in found.items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
+    print(f"training cells among the generated, verbatim: {found['exact copies']['cells']}")
 
 # %% ../nbs/08_cli.ipynb #812cc303
 commands = dict(demo=demo, split=split, fit=fit, sample=sample, evaluate=evaluate, audit=audit)

@@ -39,6 +39,13 @@ def balanced(
     "Both sets cut at random to the size of the smaller"
     return tuple(_dense(a, name) for a,name in zip(_alike(x, y, seed), ('the first set','the second set')))
 
+# %% ../nbs/06_metrics.ipynb #6f4a19d3
+def _kinds(types, x):
+    "`types` as strings, one for each cell of `x`"
+    t = np.asarray(types, str)
+    if t.shape!=(x.shape[0],): raise ValueError(f"{t.size} types for {x.shape[0]} cells; give one for each cell")
+    return t
+
 # %% ../nbs/06_metrics.ipynb #c898f5b8
 def permute_genes(
     x, # Cells, CSR or dense, shape (n, n_genes)
@@ -47,8 +54,9 @@ def permute_genes(
 )->sparse.csr_matrix: # Cells of which every gene was dealt anew, shape (n, n_genes)
     "Each gene's values dealt anew among cells: right genes one by one, no co-expression"
     rng,out = np.random.default_rng(seed),_dense(x, 'the set')
-    for t in [None] if types is None else np.unique(types):
-        rows = slice(None) if types is None else np.flatnonzero(types==t)
+    kinds = np.zeros(len(out)) if types is None else _kinds(types, x)
+    for t in np.unique(kinds):
+        rows = np.flatnonzero(kinds==t)
         out[rows] = rng.permuted(out[rows], axis=0)
     return sparse.csr_matrix(out)
 
@@ -385,7 +393,8 @@ def per_type(
     **kwargs, # Passed on to `metric`
 )->dict: # Kind: the metric, or None where cells are too few
     "A metric within each type"
-    rows = {t: (np.flatnonzero(tx==t),np.flatnonzero(ty==t)) for t in np.unique(tx)}
+    tx,ty = _kinds(tx, x),_kinds(ty, y)
+    rows = {t: (np.flatnonzero(tx==t),np.flatnonzero(ty==t)) for t in np.unique(tx).tolist()}
     return {t: metric(x[i], y[j], **kwargs) if min(len(i),len(j))>=min_cells else None for t,(i,j) in rows.items()}
 
 # %% ../nbs/06_metrics.ipynb #13a29b0a

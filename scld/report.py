@@ -90,23 +90,24 @@ def table(self:Report)->pd.DataFrame: # A row for each metric, rounded
 def verdict(self:Report)->str: # One or two sentences
     "What the tests together say"
     bad,leak = [k for k,m in self.metrics.items() if m['differs']],[k for k,m in self.privacy.items() if m['caught']]
-    n,k = self.settings['n_tests'],len(bad)+len(leak)
+    n,k,same = self.settings['n_tests'],len(bad)+len(leak),self.privacy.get('exact copies', {}).get('cells')
     said = f"{k} of {n} tests {'tells' if k==1 else 'tell'} them from real cells the generator has not seen" if k else f"None of {n} tests tells them from real cells the generator has not seen"
-    return said + (': '+', '.join(bad+leak) if k else '') + '.' + (' Training cells leak.' if leak else '')
+    return said + (': '+', '.join(bad+leak) if k else '') + '.' + (f' Training cells among them, verbatim: {same}.' if same else '') + (' Training cells leak.' if leak else '')
 
 # %% ../nbs/06c_report.ipynb #febd6931
-def _warnings(sets, metrics, n, labels):
+def _warnings(sets, metrics, types, privacy, n, labels):
     "Sentences on what this comparison cannot show"
     out,real,synth,m = [],sets['real'],sets['synth'],metrics['RF AUC, 50 PCs']
     if n<500: out.append(f"Only {n} cells a side: a forest's AUC up to {m['high']:.2f} cannot be told from chance, so small faults pass. Some hundreds of cells a side are needed to conclude.")
     same = {k: int((exact_copies(real.X, a.X)>=0).sum()) for k,a in sets.items() if k!='real'}
     if same['synth']: out.append(f"{same['synth']} of {synth.n_obs} generated cells equal one of the real cells they are compared with; were these really held out?")
+    if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training cells verbatim, and equal to no held-out cell.")
     if same.get('train'): out.append(f"{same['train']} training cells equal one of the real cells; these were not held out.")
     if 'train' not in sets: out.append("No training cells given: the floor compares two halves of the real cells, and copies of training cells cannot be found.")
     if not labels: return out
     kinds,made = (a.obs[labels].value_counts() for a in (real,synth))
-    few = [f'{t} ({k})' for t,k in kinds.items() if k<30]
-    if few: out.append(f"Types with fewer than 30 real cells are not judged one by one: {', '.join(few)}.")
+    few = types.reindex(kinds.index).loc[lambda d: d['AUC, generated'].isna(), ['real cells','generated cells']].fillna(0)
+    if len(few): out.append(f"Types with fewer than 30 cells on either side of the comparison are not judged one by one: {', '.join(f'{t} ({r:.0f} real, {g:.0f} generated)' for t,r,g in few.itertuples())}.")
     for what,t in (('No generated cell is of type',kinds.index.difference(made.index)), ('Generated types that no real cell has:',made.index.difference(kinds.index))):
         if len(t): out.append(f"{what} {', '.join(t)}.")
     small = small_types(sets['train'].obs[labels]) if 'train' in sets else {}
@@ -139,14 +140,19 @@ def _cut(sets, n_cells, seed):
     n = min(n_cells, *(a.n_obs for a in sets.values()))
     return {k: draw(sets[k], n) for k in ('real','synth','train')}
 
+# %% ../nbs/06c_report.ipynb #4b8d20fc
+def _judge(name, values, level):
+    "What chance says of a metric, and whether it `differs`"
+    v = beyond_chance(values, level)
+    return dict(v, differs=v['p']<=level and (name!='type mix' or v['value']>(v['low']+v['high'])/2))
+
 # %% ../nbs/06c_report.ipynb #ad3a027b
 def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     "What chance says of every metric, of every question of the audit; the scores of the forests; the number of tests"
     got,scores = _compare(cells['real'], cells['synth'], labels, n_trees, n_perm, seed)
     K = len(got)+4*('train' in sets)
     if 1/(1+n_perm)>level/K: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by {K} tests; n_perm must be at least {int(np.ceil(K/level))-1}")
-    found = {k: beyond_chance(v, level/K) for k,v in got.items()}
-    for v in found.values(): v['differs'] = v['p']<=level/K
+    found = {k: _judge(k, v, level/K) for k,v in got.items()}
     privacy = audit(sets['train'].X, sets['real'].X, sets['synth'].X, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
     return found,privacy,scores,K
 
@@ -173,7 +179,7 @@ def evaluate(
     for k in scores: metrics[k]['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
     types = _by_type(*cells.values(), labels, min(n_trees, 30), seed) if labels else pd.DataFrame()
     settings = dict(n_cells=n, n_tests=K, n_genes=real.n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
-    return Report(metrics, types, privacy, _warnings(sets, metrics, n, labels), cells, settings)
+    return Report(metrics, types, privacy, _warnings(sets, metrics, types, privacy, n, labels), cells, settings)
 
 # %% ../nbs/06c_report.ipynb #213d3a51
 def plot_embedding(
@@ -292,11 +298,11 @@ def sweep_guidance(
     from sklearn.linear_model import LogisticRegression
     real = _read(dict(real=real), labels)['real']
     x,kind = lognorm(real.X),real.obs[labels].to_numpy(str)
-    kinds = kinds or [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
+    if kinds is None: kinds = [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
     judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
     def variance(y): return float((y.multiply(y).mean(0)-np.square(y.mean(0))).sum())
     def turn(k, w):
-        y = lognorm(model.sample({k: own[k].shape[0]}, guidance=w, seed=seed).X)
+        y = lognorm(_align(model.sample({k: own[k].shape[0]}, guidance=w, seed=seed), real.var_names, 'the model').X)
         return dict(label=k, guidance=w, recognised=(judge.predict(y)==k).mean(), variety=variance(y)/variance(own[k]), auc=rf_auc(own[k], y, 'pcs-5fold', n_trees, seed).mean())
     return pd.DataFrame([turn(k, w) for k in kinds for w in guidances])
 
@@ -332,7 +338,7 @@ _guide = {
     'RF AUC, 50 PCs': 'The same on 50 principal components, where lost co-expression shows.',
     'MMD² × 10³': 'Distance between the two distributions (kernel of the paper, unbiased); around 0 for real cells.',
     'MMD² × 10³, with types': 'The same, where only cells of one type are alike: wrong labels show.',
-    'type mix': 'Share of cells that would have to change type for the mixes to agree.',
+    'type mix': 'Share of cells that would have to change type for the mixes to agree; nearer than chance is no fault.',
     '1-NN accuracy': 'How often a cell and its nearest neighbour are of one set; 0.5 is good.',
     'mixing': 'How mixed the 30 nearest neighbours are; 1 is perfect.',
     'precision': 'Share of generated cells that lie among real ones.',
@@ -421,7 +427,7 @@ def to_html(self:Report,
     note:str='', # A sentence under the heading, such as what was compared
 )->Path: # The file
     "Write the report as one self-contained HTML file"
-    s,bad = self.settings,any(m['differs'] for m in self.metrics.values()) or any(m['caught'] for m in self.privacy.values())
+    s,bad = self.settings,any(m['differs'] for m in self.metrics.values()) or any(m['caught'] or m.get('cells') for m in self.privacy.values())
     warn = '<ul class="warn">'+''.join(f'<li>{escape(w)}</li>' for w in self.warnings)+'</ul>' if self.warnings else ''
     types = f'<h2>Type by type</h2><p class="n">Good: generated as control. Forest on 50 components; share of the 20 best marker genes found again; F1 of a classifier of types trained on these cells and tested on real ones. – : too few cells.</p>{_table(self.types.rename(index=escape))}' if len(self.types) else ''
     private = f'<h2>Privacy</h2><p class="n">Are generated cells closer to the training cells than to real cells the generator never saw?</p>{_table(_metric_rows(self.privacy, "caught", "leaks"))}' if self.privacy else ''

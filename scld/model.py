@@ -71,7 +71,7 @@ def _settings(config, given):
     for k,(low,high) in ranges.items(): _in_range(k, s[k], low, high)
     if s['n_emb']%2: raise ValueError(f"n_emb={s['n_emb']} must be even: half of it are sines, half cosines")
     NoiseSchedule(linear_betas(s['T']), s['predict'])
-    return {k: tuple(map(int, v)) if k=='widths' and isinstance(v, (list,tuple)) else v.item() if isinstance(v, np.generic) else v for k,v in s.items()}
+    return {k: type(v)(map(int, v)) if isinstance(v, (list,tuple)) else v.item() if isinstance(v, np.generic) else v for k,v in s.items()}
 
 # %% ../nbs/05a_model.ipynb #def4a2e2
 def _in_range(name, v, low, high):

@@ -146,6 +146,7 @@ def classifier_scores(
     seed:int=0, # Same seed, same scores
 )->tuple: # `score`, how real each cell of the balanced pool looks; `real`, whether it is; `fold`, where it was tested (-1: nowhere)
     "How real every cell looks to a classifier that has not seen it"
+    from threadpoolctl import threadpool_limits
     if protocol not in protocols: raise ValueError(f"no protocol {protocol!r}; choose from {list(protocols)}")
     p,(x,y) = protocols[protocol],balanced(x, y, seed)
     X,real = np.vstack([x,y]),np.arange(2*len(x))<len(x)
@@ -157,7 +158,7 @@ def classifier_scores(
     score = np.full(len(X), np.nan)
     for k in range(p['tested']):
         model = _classifier(protocol, n_trees, (np.sum(fold!=k), X.shape[1]), seed)
-        score[fold==k] = model.fit(X[fold!=k], real[fold!=k]).predict_proba(X[fold==k])[:,1]
+        with threadpool_limits(1, 'blas'): score[fold==k] = model.fit(X[fold!=k], real[fold!=k]).predict_proba(X[fold==k])[:,1]
     return score,real,fold
 
 # %% ../nbs/06_metrics.ipynb #3e2e3a5d

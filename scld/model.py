@@ -272,7 +272,7 @@ def _fit_labeller(self:SCLD,
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
     small = torch.tensor(self.cells.index.isin(self.small))
-    self.net.labeller.weight.data[small],self.net.labeller.bias.data[small] = 0.,-1e9
+    if not small.all(): self.net.labeller.weight.data[small],self.net.labeller.bias.data[small] = 0.,-1e9
 
 # %% ../nbs/05a_model.ipynb #2ed2fd8f
 @patch

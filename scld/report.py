@@ -101,7 +101,7 @@ def _warnings(sets, metrics, types, privacy, n, labels):
     if n<500: out.append(f"Only {n} cells a side: a forest's AUC up to {m['high']:.2f} cannot be told from chance, so small faults pass. Some hundreds of cells a side are needed to conclude.")
     same = {k: int((exact_copies(real.X, a.X)>=0).sum()) for k,a in sets.items() if k!='real'}
     if same['synth']: out.append(f"{same['synth']} of {synth.n_obs} generated cells equal one of the real cells they are compared with; were these really held out?")
-    if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training cells verbatim, and equal to no held-out cell.")
+    if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training cells verbatim, and equal to no held-out cell; leave them out before you share the rest.")
     if same.get('train'): out.append(f"{same['train']} training cells equal one of the real cells; these were not held out.")
     if 'train' not in sets: out.append("No training cells given: the floor compares two halves of the real cells, and copies of training cells cannot be found.")
     if not labels: return out

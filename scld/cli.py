@@ -77,7 +77,7 @@ def split(
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
     cells = read_counts(data, layer)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
-    rows = deal([0]*cells.n_obs if kind is None else kind, (1-test,test), seed, group)
+    rows = deal(cells.n_obs if kind is None else kind, (1-test,test), seed, group)
     kept = filter_genes(cells, min_cells)
     if kept.n_vars<cells.n_vars: print(f'{cells.n_vars-kept.n_vars:,} of {cells.n_vars:,} genes, seen in fewer than {min_cells} cells, are left out; --min_cells 0 keeps them', file=sys.stderr)
     with _whole(out) as tmp:

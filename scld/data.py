@@ -379,12 +379,13 @@ def draw_library(
 
 # %% ../nbs/00_data.ipynb #a572526c
 def split(
-    labels, # Label of each cell, shape (n_cells,)
+    labels, # Label of each cell, shape (n_cells,); or the number of cells, for a split at random
     sizes=(0.8,0.2), # Size of each part, as fractions of all cells or as numbers of cells
     seed:int=0, # Same seed, same split
     groups=None, # Group of each cell, such as its donor, shape (n_cells,): no group is in two parts
 )->list: # Row numbers of each part, sorted
-    "Row numbers of disjoint parts with the same mix of labels"
+    "Row numbers of disjoint parts with the same mix of labels, if labels are given"
+    if isinstance(labels, (int,np.integer)): labels = np.zeros(labels)
     rng,n = np.random.default_rng(seed),len(labels)
     s = np.asarray(sizes, dtype=float)
     s = np.diff(np.round(np.cumsum(s)*n), prepend=0).astype(int) if s.sum()<=1+1e-9 else s.astype(int)

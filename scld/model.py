@@ -139,11 +139,17 @@ def sched(self:SCLD)->NoiseSchedule: # Of `T` steps
     "The noise schedule"
     return NoiseSchedule(linear_betas(self.settings['T']), self.settings['predict'])
 
+# %% ../nbs/05a_model.ipynb #3370e946
+@patch(as_prop=True)
+def _small(self:SCLD)->np.ndarray: # True or False for each label, shape (K,)
+    "Has a label fewer than `min_cells` training cells?"
+    return self.cells['n'].to_numpy()<self.settings['min_cells']
+
 # %% ../nbs/05a_model.ipynb #290f33c9
 @patch(as_prop=True)
 def small(self:SCLD)->list: # Labels
     "Labels of fewer than `min_cells` training cells: learnt without their name, and not to be asked for"
-    return list(self.cells.index[self.cells['n']<self.settings['min_cells']])
+    return list(self.cells.index[self._small])
 
 # %% ../nbs/05a_model.ipynb #845d4a1d
 @patch(as_prop=True)
@@ -157,7 +163,7 @@ def _forget_small(self:SCLD,
     means:torch.Tensor, # Means of the K labels and, last, of all cells, shape (K+1, n_genes)
 )->torch.Tensor: # The same without what small labels add, shape (K+1, n_genes)
     "Take labels of few cells out of what a model keeps of its training cells"
-    n,small = self.cells['n'].to_numpy(),self.cells.index.isin(self.small)
+    n,small = self.cells['n'].to_numpy(),self._small
     if not small.any(): return means
     big = ~small if not small.all() else small
     rows,log = torch.tensor(big)[self._label].numpy(),np.log(self._library)
@@ -242,7 +248,7 @@ def _latents(self:SCLD)->tuple:
 def _fit_diffusion(self:SCLD, steps, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
     (z,sd),label,net,s = self._latents(),self._label.to(self.device),self.net,self.settings
-    cond = torch.where(torch.tensor(self.cells['n'].to_numpy()<s['min_cells'])[self._label], len(self.categories), self._label).to(self.device)
+    cond = torch.where(torch.tensor(self._small)[self._label], len(self.categories), self._label).to(self.device)
     spread = sd.square().mean(0).sqrt()
     net.scale.fit(z)
     net.scale.std = (net.scale.std**2+spread**2).sqrt()
@@ -271,7 +277,7 @@ def _fit_labeller(self:SCLD,
     W = torch.linalg.solve(within+torch.diag(sd.double().cpu()**2+1e-3), mu.T).T
     self.net.labeller.weight.data = W.to(self.net.library)
     self.net.labeller.bias.data = (size.log()-size.sum().log()-0.5*(W*mu).sum(1)).to(self.net.library)
-    small = torch.tensor(self.cells.index.isin(self.small))
+    small = torch.tensor(self._small)
     if not small.all(): self.net.labeller.weight.data[small],self.net.labeller.bias.data[small] = 0.,-1e9
 
 # %% ../nbs/05a_model.ipynb #2ed2fd8f
@@ -452,7 +458,7 @@ def _mix(self:SCLD,
     "Labels as common as among the training cells, in random order"
     rng,size,K = np.random.default_rng([seed,n]),self.cells['n'].to_numpy(),len(self.categories)
     numbers = np.diff(np.floor(n*size.cumsum()/size.sum()+rng.random()).astype(int), prepend=0)
-    return rng.permutation(np.where(size<self.settings['min_cells'], K, np.arange(K)).repeat(numbers))
+    return rng.permutation(np.where(self._small, K, np.arange(K)).repeat(numbers))
 
 # %% ../nbs/05a_model.ipynb #db7c5cb7
 @patch

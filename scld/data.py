@@ -90,15 +90,16 @@ def _refuse(adata, layer, fault):
     if fault is None: return
     what,n,i,j,v,top = fault
     others = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
-    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(adata, k)]
+    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(lambda: _matrix(adata, k))]
+    if adata.raw is not None and _holds_counts(lambda: adata.raw.X): good.append('raw (pass adata.raw.to_adata())')
     looks = ' (looks log-normalised)' if what=='fractional' and top<15 else ''
     hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts, or round_counts=True to round' if what=='fractional' else 'pass the raw counts'
     raise ValueError(f"{_named(layer)} is not counts{looks}: {n:,} {what} value{'s'[:n>1]}, the first {v:g} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}; {hint}")
 
 # %% ../nbs/00_data.ipynb #f0000001
-def _holds_counts(adata, layer):
-    "Does this matrix hold counts?"
-    try: return _fault(_blocks(_matrix(adata, layer))) is None
+def _holds_counts(matrix):
+    "Does what `matrix()` returns hold counts?"
+    try: return _fault(_blocks(matrix())) is None
     except (TypeError,ValueError): return False
 
 # %% ../nbs/00_data.ipynb #bcc3da80
@@ -110,12 +111,13 @@ def check_counts(
     _refuse(adata, layer, _fault(_blocks(_matrix(adata, layer))))
 
 # %% ../nbs/00_data.ipynb #4c09fa9b
-def _plausible(root, n_bytes):
-    "Refuse an HDF5 file that declares far more values than its `n_bytes` can hold"
+def _plausible(path):
+    "Refuse an HDF5 file that declares far more values than it can hold"
+    import h5py
+    n_bytes = path.stat().st_size
     def check(name, d):
         if getattr(d, 'nbytes', 0)>2**30+1000*n_bytes: raise ValueError(f"{name!r} declares {d.nbytes:,} bytes in a file of {n_bytes:,}")
-    root.visititems(check)
-    return root
+    with h5py.File(path) as f: f.visititems(check)
 
 # %% ../nbs/00_data.ipynb #b4edbf40
 def _open_store(root):
@@ -123,12 +125,13 @@ def _open_store(root):
     from anndata.io import read_elem,sparse_dataset
     def lazy(m): return sparse_dataset(m) if hasattr(m, 'keys') else m
     layers = {k: lazy(root['layers'][k]) for k in (root['layers'] if 'layers' in root else ())}
-    return AnnData(lazy(root['X']) if 'X' in root else None, obs=read_elem(root['obs']), var=read_elem(root['var']), layers=layers)
+    raw = dict(X=lazy(root['raw/X']), var=read_elem(root['raw/var'])) if 'raw/X' in root else None
+    return AnnData(lazy(root['X']) if 'X' in root else None, obs=read_elem(root['obs']), var=read_elem(root['var']), layers=layers, raw=raw)
 
 # %% ../nbs/00_data.ipynb #4fb50748
 def _read_h5ad(path):
     import h5py
-    root = _plausible(h5py.File(path), path.stat().st_size)
+    root = h5py.File(path)
     return _open_store(root) if 'encoding-type' in root['obs'].attrs else read_h5ad(path)
 
 # %% ../nbs/00_data.ipynb #d9c67159
@@ -165,7 +168,7 @@ def _read_loom(path):
 
 # %% ../nbs/00_data.ipynb #d9cf7265
 def _read_table(path):
-    df = pd.read_csv(path, sep='\t' if '.tsv' in path.name else ',', index_col=0)
+    df = pd.read_csv(path, sep='\t' if '.tsv' in path.name.lower() else ',', index_col=0)
     text = [c for c in df if df[c].dtype.kind not in 'biuf']
     if text: raise TypeError(f"{len(text)} columns are not numbers, the first {text[0]!r}")
     return AnnData(sparse.csr_matrix(df.to_numpy()), obs=pd.DataFrame(index=df.index.astype(str)), var=pd.DataFrame(index=df.columns.astype(str)))
@@ -186,7 +189,9 @@ def _open(path):
     "What lies at `path`, as an AnnData whose matrices may still be on disk"
     if not (path := Path(path)).exists(): raise FileNotFoundError(f"no file or folder {path}")
     kind = _kind(path)
-    try: return _readers[kind](path)
+    try:
+        if kind in ('.h5ad','.h5','.hdf5','.loom'): _plausible(path)
+        return _readers[kind](path)
     except ImportError: raise
     except Exception as e: raise OSError(f"{path} cannot be read as {kind}: {e}") from e
 
@@ -240,21 +245,21 @@ def find_data(
 
 # %% ../nbs/00_data.ipynb #c71322ea
 def filter_cells(
-    adata:AnnData, # Counts in `X` (CSR)
+    adata:AnnData, # Counts in `X`
     min_genes:int=10, # Fewest genes with a count
 )->AnnData: # The cells kept, a copy
     "Cells in which at least `min_genes` genes were detected; as in scGAN"
-    n_genes = (adata.X>0).sum(1).A1
+    n_genes = np.asarray((adata.X>0).sum(1)).ravel()
     if n_genes.max()<min_genes: raise ValueError(f"no cell of {adata.n_obs:,} has {min_genes} genes; the most is {n_genes.max()}")
     return adata[n_genes>=min_genes].copy()
 
 # %% ../nbs/00_data.ipynb #31319042
 def filter_genes(
-    adata:AnnData, # Counts in `X` (CSR)
+    adata:AnnData, # Counts in `X`
     min_cells:int=3, # Fewest cells with a count
 )->AnnData: # The genes kept, a copy
     "Genes detected in at least `min_cells` cells; as in scGAN"
-    n_cells = (adata.X>0).sum(0).A1
+    n_cells = np.asarray((adata.X>0).sum(0)).ravel()
     if n_cells.max()<min_cells: raise ValueError(f"no gene of {adata.n_vars:,} is in {min_cells} cells; the most is {n_cells.max()}")
     return adata[:,n_cells>=min_cells].copy()
 
@@ -296,12 +301,12 @@ def read_labels(
     col = adata.obs[key]
     if col.isna().any(): raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {adata.obs_names[col.isna()][0]!r}; drop these cells or name them")
     if pd.api.types.is_float_dtype(col.dtype) or len(col)>20 and col.nunique()>len(col)/2: raise ValueError(f"obs[{key!r}] is {col.dtype} with {col.nunique()} values for {len(col)} cells; expected categories")
-    cats = col.astype('category').cat
-    unused = set(cats.categories)-set(col)
+    cats = col.astype('category').cat.remove_unused_categories().cat
+    unused = set(col.astype('category').cat.categories)-set(cats.categories)
     if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
-    names = pd.Index([str(c) for c in cats.categories if c not in unused])
+    names = pd.Index([c.decode() if isinstance(c, bytes) else str(c) for c in cats.categories])
     if not names.is_unique: raise ValueError(f"obs[{key!r}] has different values that read alike, the first {names[names.duplicated()][0]!r}; make them all text or all numbers")
-    labels = pd.Categorical(col.astype(str), categories=names)
+    labels = pd.Categorical.from_codes(cats.codes, names)
     _warn_small(labels, key, few)
     return labels
 

@@ -25,7 +25,7 @@ class CountStream:
         if block<1 or pool<1: raise ValueError(f"block and pool must be at least 1, got {block} and {pool}")
         adata = _open(data) if isinstance(data, (str,Path)) else data
         self._on_disk,self.block,self.pool = _matrix(adata, layer),block,pool
-        if getattr(self._on_disk, 'format', '')=='csc': raise ValueError("the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: adata.X = adata.X.tocsr()")
+        if getattr(self._on_disk, 'format', '')=='csc': raise ValueError("the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)")
         self.obs,self.var,self.obs_names,self.var_names,self.shape = adata.obs,adata.var,adata.obs_names,adata.var_names,adata.shape
         self._rows_held,self._held = np.empty(0, int),None
         self._check(adata, layer)

@@ -151,6 +151,12 @@ def small(self:SCLD)->list: # Labels
     "Labels of fewer than `min_cells` training cells: learnt without their name, and not to be asked for"
     return list(self.cells.index[self._small])
 
+# %% ../nbs/05a_model.ipynb #290f33ca
+@patch(as_prop=True)
+def _kept(self:SCLD)->np.ndarray: # True or False for each label, shape (K,)
+    "Does the model keep anything of a label as such? Where all are small, of all"
+    return ~self._small if not self._small.all() else self._small
+
 # %% ../nbs/05a_model.ipynb #845d4a1d
 @patch(as_prop=True)
 def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
@@ -165,8 +171,8 @@ def _forget_small(self:SCLD,
     "Take labels of few cells out of what a model keeps of its training cells"
     n,small = self.cells['n'].to_numpy(),self._small
     if not small.any(): return means
-    big = ~small if not small.all() else small
-    rows,log = torch.tensor(big)[self._label].numpy(),np.log(self._library)
+    big,log = self._kept,np.log(self._library)
+    rows = big[self._label.numpy()]
     means[-1] = torch.tensor(n[big]/n[big].sum(), dtype=torch.float32)@means[:-1][big]
     means[:-1][small] = means[-1]
     self.cells.loc[small, ['mean','sd']] = log[rows].mean(),log[rows].std()
@@ -237,7 +243,7 @@ def _record(self:SCLD, stage, loss, every=50):
 def _latents(self:SCLD)->tuple:
     "Latents of all training cells with their log library size, and the standard deviations of their noise, shape (n, n_latent+1) each"
     library = torch.from_numpy(self._library).float().to(self.device)
-    self.net.library = torch.stack([library.min(), library.max()])
+    self.net.library = torch.stack(library[torch.from_numpy(self._kept)[self._label]].aminmax())
     z,s = torch.zeros(2, len(library), self.settings['n_latent']+1, device=self.device)
     z[:,-1] = library.log()
     for i in torch.arange(len(z)).split(1024): z[i,:-1],s[i,:-1] = self.net.ae.posterior(self._counts(i))
@@ -256,7 +262,7 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     sched = self.sched
     def loss(i): return net.denoiser.loss(sched, net.scale(z[i]+sd[i]*torch.randn_like(z[i])), cond[i], s['share'])
     try: self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, desc='diffusion', **kw))
-    except KeyboardInterrupt: self.trained = True; raise
+    except KeyboardInterrupt: net.eval(); self.trained = True; raise
     self.trained = True
 
 # %% ../nbs/05a_model.ipynb #e5326bcf
@@ -294,7 +300,7 @@ def _fit_scorer(self:SCLD, steps, **kw):
 @patch
 def train(self:SCLD,
     steps:int|None=None, # Steps of the diffusion; `settings["steps"]` if absent. The autoencoder takes a third of them, at most 2,000, and at most 60 passes over the cells; the scorer a sixth
-    batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many
+    batch_size:int=128, # Cells a step; the diffusion, whose latents are small, takes twice as many, at least 16
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     seed:int=0, # Same seed, same model (on the same kind of machine)
     checkpoint:str|Path|None=None, # Folder in which to keep the run while it goes on
@@ -306,24 +312,24 @@ def train(self:SCLD,
     steps = self.settings['steps'] if steps is None else steps
     for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
     steps,batch_size,seed = int(steps),int(batch_size),int(seed)
-    rank = processes()[0]
-    device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed)
+    rank,size = processes()
+    device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed, processes=size)
     with _alone(None if rank else checkpoint, "another process is training into {}; choose another folder"):
         kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
         with seeded(seed): self._build(self.net.denoiser.means.cpu())
         self.net.to(device)
         try: self._fit_autoencoder(max(min(steps//3, 2000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
-        self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=2*batch_size))
+        self._fit_diffusion(steps, checkpoint=kept('diffusion'), **kw | dict(batch_size=max(2*batch_size, 16)))
         self._fit_scorer(max(steps//6, 5), checkpoint=kept('scorer'), **kw)
     return self
 
 # %% ../nbs/05a_model.ipynb #fc2bbe98
 def _device(name):
     "The torch device that `name` asks for"
-    if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name.startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"device {name!r} is not available; use 'cpu'")
-    return torch.device(name)
+    if str(name)=='auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: return torch.zeros(1, device=torch.device(name)).device
+    except (RuntimeError,AssertionError,NotImplementedError,TypeError): raise ValueError(f"device {str(name)!r} is not available; use 'cpu'") from None
 
 # %% ../nbs/05a_model.ipynb #20661db8
 @patch
@@ -336,7 +342,8 @@ def _checkpoints(self:SCLD, folder, resume, **run):
     if not resume and any(folder.glob('*.safetensors')): raise FileExistsError(f"{folder} holds a run already; pass resume=True to go on with it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     data = hashlib.sha256(b''.join(np.ascontiguousarray(v).tobytes() for v in (self._library,self._totals,self._label.numpy()))).hexdigest()[:16]
-    return lambda stage: Checkpoint(folder/f'{stage}.safetensors', dict(self.settings, data=data, version=__version__, **run))
+    stream = [self._X.block,self._X.pool] if isinstance(self._X, CountStream) else None
+    return lambda stage: Checkpoint(folder/f'{stage}.safetensors', dict(self.settings, data=data, stream=stream, version=__version__, **run))
 
 # %% ../nbs/05a_model.ipynb #4d9b0567
 @contextlib.contextmanager
@@ -483,7 +490,7 @@ def _request(self:SCLD,
 @patch
 def _how(self:SCLD, guidance, steps, seed):
     "Refuse a way of sampling that is out of range"
-    for k,v,low,high in (('guidance',guidance,-1.,100.), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
+    for k,v,low,high in (('guidance',guidance,-1.,100.), ('steps',steps,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
     snr_timesteps(self.sched, steps)
 
 # %% ../nbs/05a_model.ipynb #cb2569db
@@ -491,7 +498,7 @@ def _how(self:SCLD, guidance, steps, seed):
 def sample(self:SCLD,
     n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`
     guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it, and leaves the kinds of a number of cells to the model (holistic, the paper's)
-    keep:float=1., # Share of generated cells to keep, best score first: 0.8 in the paper, 1 for no filter
+    keep:float=1., # Share of generated cells to keep of each kind and block, best score first: 0.8 in the paper, 1 for no filter
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
@@ -568,6 +575,7 @@ def fingerprint(self:SCLD)->str: # SHA-256 of all weights, hexadecimal
 def plot_history(self:SCLD):
     "The losses of the stages, averaged over a fiftieth of each run"
     import matplotlib.pyplot as plt
+    if not len(self.history): raise RuntimeError("no training to show: a model has its history where it was trained, not once loaded")
     stages = list(self.history.groupby('stage', sort=False))
     fig,axs = plt.subplots(1, len(stages), figsize=(3.5*len(stages),2.4), squeeze=False)
     for ax,(name,h) in zip(axs[0], stages):

@@ -6,8 +6,7 @@
 __all__ = ['protocols', 'balanced', 'permute_genes', 'poisson_cells', 'sides', 'beyond_chance', 'pool_pcs', 'classifier_scores',
            'auc', 'rf_auc', 'auc_sides', 'auc_gap', 'mmd_bandwidth', 'mmd_kernel', 'mmd2_sides', 'mmd2',
            'energy_distance', 'wasserstein2', 'neighbour_metrics', 'gene_metrics', 'library_distance', 'coexpression',
-           'type_distance', 'per_type', 'wilcoxon', 'marker_agreement', 'type_f1', 'augmentation_gain',
-           'beside_control']
+           'type_distance', 'per_type', 'wilcoxon', 'marker_agreement', 'type_f1', 'augmentation_gain']
 
 # %% ../nbs/06_metrics.ipynb #712e8e05
 import hashlib
@@ -117,7 +116,8 @@ def pool_pcs(
 
 # %% ../nbs/06_metrics.ipynb #c9f3da36
 def _folds(cell, real, k, seed):
-    "Fold of each row: equal cells together, both sides spread evenly"
+    "Fold of each row: equal cells together, unless a side repeats itself, and both sides spread evenly"
+    if any(len(np.unique(cell[s]))<max(k, s.sum()/2) for s in (real,~real)): cell = np.arange(len(cell))
     n = cell.max()+1
     kind = np.bincount(cell, real, n)>0, np.bincount(cell, ~real, n)>0
     fold = np.empty(n, int)
@@ -463,20 +463,3 @@ def augmentation_gain(
     more = sparse.vstack([sparse.csr_matrix(train),sparse.csr_matrix(extra)]).tocsr()
     with_extra = type_f1(more, np.r_[t_train,np.repeat(rare, extra.shape[0])], test, t_test, seed)
     return with_extra[rare]-type_f1(train, t_train, test, t_test, seed)[rare]
-
-# %% ../nbs/06_metrics.ipynb #905a9788
-def beside_control(
-    metric, # Function of two sets of cells, such as `rf_auc` or `mmd2`
-    x, # Real cells to judge by, shape (n, n_genes)
-    y, # Generated cells, shape (m, n_genes)
-    control, # Other real cells, none of them in `x`, shape (k, n_genes)
-    seed:int=0, # Same seed, same cells
-    nulls=None, # Function of the real cells that gives ruined ones by name
-    **kwargs, # Passed on to `metric`
-)->dict: # What `metric` gives (the mean over folds): `generated`, `control` and each null; `n` cells of each set
-    "A metric for generated cells, and for real cells and ruined ones in their place"
-    n,rng = min(v.shape[0] for v in (x,y,control)),np.random.default_rng(seed)
-    x,y,control = (v[np.sort(rng.permutation(v.shape[0])[:n])] for v in (x,y,control))
-    sets = dict(generated=y, control=control, **(nulls(control) if nulls else {}))
-    value = lambda v: v if isinstance(v, dict) else float(np.mean(v))
-    return {**{k: value(metric(x, v, seed=seed, **kwargs)) for k,v in sets.items()}, 'n': n}

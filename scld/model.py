@@ -22,14 +22,14 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,seeded
+from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
 from .dist import fit,processes,wait
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import Scorer,candidates,fit_scorer,keep_best
 from .pre_guidance import Denoiser,cluster_means
 from .stream import CountStream
-from .unet import UNet
+from .unet import UNet,_choose,backbones,fusions
 
 # %% ../nbs/05a_model.ipynb #baef221e
 defaults = dict(
@@ -69,6 +69,7 @@ def _settings(config, given):
         if k not in defaults: raise TypeError(f"no setting {k!r}; did you mean {(get_close_matches(k, defaults, 1, 0) or ['?'])[0]!r}? The settings are {list(defaults)}")
     s = {**defaults, **configs[config], **(dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}), **given}
     for k,(low,high) in ranges.items(): _in_range(k, s[k], low, high)
+    for k,known in dict(likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions).items(): _choose(k, s[k], known)
     if s['n_emb']%2: raise ValueError(f"n_emb={s['n_emb']} must be even: half of it are sines, half cosines")
     NoiseSchedule(linear_betas(s['T']), s['predict'])
     return {k: type(v)(map(int, v)) if isinstance(v, (list,tuple)) else v.item() if isinstance(v, np.generic) else v for k,v in s.items()}

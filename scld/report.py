@@ -178,7 +178,7 @@ def evaluate(
     metrics = {k: dict(generated=b.pop('value'), control=float(floor[k][0]), n=n, **b, nulls={m: float(v[k][0]) for m,v in ruined.items()}) for k,b in found.items()}
     for k in scores: metrics[k]['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
     types = _by_type(*cells.values(), labels, min(n_trees, 30), seed) if labels else pd.DataFrame()
-    settings = dict(n_cells=n, n_tests=K, n_genes=real.n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
+    settings = dict(n_cells=n, n_tests=K, n_genes=cells['real'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
     return Report(metrics, types, privacy, _warnings(sets, metrics, types, privacy, n, labels), cells, settings)
 
 # %% ../nbs/06c_report.ipynb #213d3a51
@@ -357,7 +357,10 @@ _guide = {
     'membership attack': 'AUC of an attacker who guesses training cells by their distance to generated ones; 0.5 is good.'}
 
 # %% ../nbs/06c_report.ipynb #633f268f
-def _shown(report): return {k: p for k,p in _panels.items() if p[3] is None or len(getattr(report, p[3]))}
+def _shown(report):
+    "The panels that there is something to show in"
+    have = dict(types=len(report.types) and (report.types['real cells']>=10).any(), privacy=len(report.privacy))
+    return {k: p for k,p in _panels.items() if p[3] is None or have[p[3]]}
 
 # %% ../nbs/06c_report.ipynb #8928a4b4
 @patch
@@ -435,7 +438,7 @@ def to_html(self:Report,
 <title>{escape(title)}</title><style>{_style}</style><h1>{escape(title)}</h1><p>{escape(note)}</p><p class="say{' bad' if bad else ''}">{escape(self.verdict())}</p>{warn}
 <h2>Where they differ</h2><div class="figs">{''.join(_panel(self, k) for k in _shown(self))}</div>
 <h2>Every metric, beside real cells</h2><p class="n">{s['n_cells']} generated cells against {s['n_cells']} real ones that the generator has not seen. The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the generated ones.
-The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew; outside, it <b>differs</b> ({s['n_tests']} tests share a level of 5 %). <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells, Poisson noise at the means.</p>
+The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew; outside, it <b>differs</b> ({s['n_tests']} tests share a level of 5 %). It belongs to these two sets; the control, another pair, may lie outside. <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells, Poisson noise at the means.</p>
 {_table(_metric_rows(self.metrics, 'differs', 'differs'))}{types}{private}
 <footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees, at most 30 for nulls and types; {s['n_perm']} deals; seed {s['seed']}.</footer></html>''', encoding='utf-8')
     return Path(path)

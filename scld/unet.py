@@ -118,7 +118,7 @@ def _grow(h, positions):
 # %% ../nbs/02_unet.ipynb #a6e446af
 def _choose(what, name, known):
     "The entry of `known` called `name`"
-    if name not in known: raise ValueError(f"no {what} {name!r}; choose from {list(known)}")
+    if name not in list(known): raise ValueError(f"no {what} {name!r}; choose from {list(known)}")
     return known[name]
 
 # %% ../nbs/02_unet.ipynb #bd100cc6

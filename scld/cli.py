@@ -123,6 +123,7 @@ def sample(
     part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
 ):
     "Make new cells of a saved model"
+    if label and labels: raise ValueError("--label is for one kind and --labels for several; give one of them")
     from scld.model import SCLD
     want = _numbers(labels) if labels else {label: n} if label else n
     print(SCLD.load(model).sample(want, guidance, keep, steps, seed, out=out, part=_pair(part), progress=True))
@@ -133,7 +134,9 @@ def _numbers(labels):
     parts = [p.rpartition('=') for p in labels.split(',')]
     bad = [''.join(p) for p in parts if not p[0] or not p[2].strip().isdigit()]
     if bad: raise ValueError(f"--labels has {bad[0]!r} where LABEL=NUMBER is expected, as in \"NK=500,B=200\"")
-    return {k.strip(): int(v) for k,_,v in parts}
+    numbers = {k.strip(): int(v) for k,_,v in parts}
+    if len(numbers)<len(parts): raise ValueError(f"--labels {labels!r} names a label twice")
+    return numbers
 
 # %% ../nbs/08_cli.ipynb #666002d1
 def _pair(part):
@@ -216,7 +219,9 @@ def _run(name, *argv):
     parser = anno_parser(commands[name], f'scld {name}')
     def refuse(message): raise ValueError(f'{message}; scld {name} --help lists the options')
     parser.error = refuse
-    commands[name](**{k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')})
+    args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
+    if args.get('seed', 0)<0: raise ValueError(f"--seed {args['seed']} must be 0 or more")
+    commands[name](**args)
 
 # %% ../nbs/08_cli.ipynb #cbea09b7
 def main(

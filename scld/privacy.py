@@ -54,7 +54,7 @@ def audit_space(
 )->tuple: # Coordinates of training and held-out cells, as many of both, and of the generated cells
     "Real cells, as many of both kinds, and generated ones in one space"
     n = min(train.shape[0], held.shape[0], n_cells)
-    if n<10: raise ValueError(f"{n} real cells are too few for an audit; at least 10 training and 10 held-out cells are needed")
+    if min(n, made.shape[0])<10: raise ValueError(f"{train.shape[0]} training, {held.shape[0]} held-out and {made.shape[0]} generated cells are too few for an audit; at least 10 of each are needed")
     train,held,made = (a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:k])] for a,k in ((train,n), (held,n), (made,n_cells)))
     return np.split(pool_pcs(train, held, made, n_pcs=n_pcs), [n,2*n])
 

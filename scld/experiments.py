@@ -15,6 +15,7 @@ __all__ = ['trained_models', 'presets', 'data_sets', 'LABELS', 'systems', 'guida
 import argparse,hashlib,json,os,platform,sys,time,traceback
 from dataclasses import dataclass,field
 from functools import lru_cache,partial
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from anndata import AnnData
@@ -131,7 +132,7 @@ def choose(
     types = {w: list(judge_asked(partial(model.sample, guidance=w, seed=seed), val, labels, n_trees, seed).values()) for w in guidances}
     made,x = model.sample(n_val, seed=seed),lognorm(val.X)
     def both(a): return [float(rf_auc(x, lognorm(a.X), p, n_trees, seed).mean()) for p in ('genes-5fold','pcs-5fold')]
-    return dict(data=data, n_train=inner.n_obs, n_val=val.n_obs, seed=seed, n_trees=n_trees, settings=settings, version=__version__,
+    return dict(data=data, n_train=inner.n_obs, n_val=val.n_obs, seed=seed, n_trees=n_trees, settings=model.settings, version=__version__,
                 guidance={str(w): [float(np.mean(v)), float(np.max(v))] for w,v in types.items()},
                 library=dict(joint=both(made), label=both(redraw_library(model, made, seed))))
 
@@ -347,9 +348,10 @@ def provenance(
 )->dict: # Ready for JSON
     "Everything that an experiment's figures hang on, but for the system and its seed"
     (train,test),p = experiment_cells(data, preset),presets[preset]
+    code = hashlib.sha256(b''.join(f.read_bytes() for f in sorted(Path(find_spec('scld').origin).parent.glob('*.py')))).hexdigest()[:16]
     cells = hashlib.sha256('\n'.join([*train.obs_names,'|',*test.obs_names,'|',*train.var_names]).encode()).hexdigest()[:16]
     return dict(data=data, about=data_sets[data].about, preset=preset, n_train=train.n_obs, n_test=test.n_obs, n_genes=train.n_vars, n_labels=int(train.obs[LABELS].nunique()), cells_sha256=cells,
-                n_trees=p.n_trees, type_trees=p.type_trees, version=__version__, python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
+                n_trees=p.n_trees, type_trees=p.type_trees, version=__version__, code_sha256=code, python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/07_experiments.ipynb #1f3af4d3

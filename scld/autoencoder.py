@@ -492,7 +492,7 @@ def fit(
             if validate and ((step+1)%every==0 or ended): ended = run.best.look(model) or ended
             if checkpoint and (ended or asked or (step+1)%checkpoint.every==0): checkpoint.write(*run.pack(ended))
             if asked: run.finish(); raise KeyboardInterrupt(f'{run.desc} was stopped after step {step+1} of {steps}')
-            if ended: break
+            if ended and step+1<steps: break
     return run.finish()
 
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b

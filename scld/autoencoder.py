@@ -19,12 +19,14 @@ from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_autoencoder.ipynb #9c2ced91
+_one_at_a_time = threading.RLock() # torch has one stream of random numbers for all threads
+
 @contextlib.contextmanager
 def seeded(
     *key:int, # Integers that name the stream, such as a seed and a step
 ):
-    "Run a block on torch random numbers that depend on `key` alone; the caller's stream is untouched"
-    with torch.random.fork_rng():
+    "Run a block on torch random numbers that depend on `key` alone; the caller's stream is untouched, other threads wait"
+    with _one_at_a_time, torch.random.fork_rng():
         torch.manual_seed(int(np.random.SeedSequence([len(key),*key]).generate_state(1, np.uint64)[0]))
         yield
 
@@ -487,7 +489,7 @@ def fit(
             model.train()
             with seeded(seed, step): value = loss(idx)
             run.step(value)
-            if step%50==0: bar.set_postfix(loss=f'{np.mean(run.history[-50:]):.4g}')
+            if step%50==0: bar.set_postfix(loss=f'{np.mean(run.history[-50:]):.4g}', refresh=False)
             ended = step+1==steps
             if validate and ((step+1)%every==0 or ended): ended = run.best.look(model) or ended
             if checkpoint and (ended or asked or (step+1)%checkpoint.every==0): checkpoint.write(*run.pack(ended))

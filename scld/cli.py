@@ -6,7 +6,7 @@
 __all__ = ['presets', 'commands', 'demo', 'split', 'fit', 'sample', 'evaluate', 'audit', 'main']
 
 # %% ../nbs/08_cli.ipynb #5329008f
-import contextlib,json,os,shutil,sys,time,traceback,warnings
+import contextlib,json,os,re,shutil,sys,time,traceback,warnings
 from pathlib import Path
 from fastcore.script import anno_parser
 from . import __version__
@@ -70,12 +70,13 @@ def split(
     labels:str=None, # Column of `obs` whose kinds are to be as common in both parts
     groups:str=None, # Column of `obs`, such as the donor, no group of which is to be in both parts
     min_cells:int=3, # Fewest cells that a gene must be seen in to be kept; 0 keeps all
+    drop_empty:bool=False, # Leave out cells without counts?
     seed:int=0, # Same seed, same cells
 ):
     "Set cells aside to judge by, which the model will not see"
     from scld.data import filter_genes,read_counts,read_labels,split as deal
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
-    cells = read_counts(data, layer)
+    cells = read_counts(data, layer, drop_empty=drop_empty)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
     rows = deal(cells.n_obs if kind is None else kind, (1-test,test), seed, group)
     kept = filter_genes(cells, min_cells)
@@ -105,6 +106,7 @@ def fit(
     from scld.dist import processes
     from scld.model import SCLD
     run = out.with_name(f'{out.name}.run')
+    if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
     model = SCLD(data, layer, labels, **presets[preset]).train(steps=steps, seed=seed, checkpoint=run, resume=resume)
     model.save(out)
     if processes()[0]==0: shutil.rmtree(run); print(out)
@@ -130,13 +132,12 @@ def sample(
 
 # %% ../nbs/08_cli.ipynb #2458d7c4
 def _numbers(labels):
-    "A dictionary from `NK=500,B=200`; a label may hold an equals sign"
-    parts = [p.rpartition('=') for p in labels.split(',')]
-    bad = [''.join(p) for p in parts if not p[0] or not p[2].strip().isdigit()]
-    if bad: raise ValueError(f"--labels has {bad[0]!r} where LABEL=NUMBER is expected, as in \"NK=500,B=200\"")
-    numbers = {k.strip(): int(v) for k,_,v in parts}
-    if len(numbers)<len(parts): raise ValueError(f"--labels {labels!r} names a label twice")
-    return numbers
+    "A dictionary from `NK=500,B=200`; a label may hold equals signs and commas"
+    *parts,rest = re.split(r'=\s*(\d+)\s*(?:,|$)', labels)
+    names = [k.strip() for k in parts[::2]]
+    if rest.strip() or not names or not all(names): raise ValueError(f"--labels has {rest.strip() or labels!r} where LABEL=NUMBER is expected, as in \"NK=500,B=200\"")
+    if len(set(names))<len(names): raise ValueError(f"--labels {labels!r} names a label twice")
+    return dict(zip(names, map(int, parts[1::2])))
 
 # %% ../nbs/08_cli.ipynb #666002d1
 def _pair(part):
@@ -144,16 +145,6 @@ def _pair(part):
     i,_,k = part.partition('/')
     if not (i.isdigit() and k.isdigit()): raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
     return int(i),int(k)
-
-# %% ../nbs/08_cli.ipynb #1a7c53be
-def _sets(layer, **files):
-    "Counts of every file by the name of its argument; `synth` without that layer is read from `X`"
-    from scld.data import _open,read_counts
-    out = {}
-    for name,f in files.items():
-        try: out[name] = read_counts(a := _open(f), layer if name!='synth' or layer in a.layers else None)
-        except (ValueError,KeyError,OSError,TypeError) as e: raise ValueError(f'{name}: {e.args[0]}') from e
-    return out
 
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
@@ -169,8 +160,7 @@ def evaluate(
     "Show how well generated cells pass for real ones"
     from scld.report import evaluate as compare
     with _whole(out) as tmp:
-        sets = _sets(layer, real=real, synth=synth, **(dict(train=train) if train else {}))
-        report = compare(**sets, labels=labels, n_trees=trees, seed=seed)
+        report = compare(real, synth, train, labels, trees, seed=seed, layer=layer)
         (tmp/'metrics.json').write_text(json.dumps(dict(real=real, synth=synth, train=train, settings=report.settings, metrics=report.metrics, privacy=report.privacy), indent=1, default=float))
         report.to_html(tmp/'report.html')
     print(report, file=sys.stderr)
@@ -185,11 +175,8 @@ def audit(
     seed:int=0, # Same seed, same figures
 ):
     "Ask whether generated cells give training cells away"
-    from scld.data import lognorm
     from scld.privacy import audit as ask
-    from scld.report import _align
-    sets = _sets(layer, train=train, held=held, synth=synth)
-    found = ask(*(_align(s, sets['train'].var_names, k).X for k,s in sets.items()), lognorm, seed=seed)
+    found = ask(train, held, synth, seed=seed, layer=layer)
     for k,v in found.items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
     print(f"training cells among the generated, verbatim: {found['exact copies']['cells']}")
 
@@ -204,6 +191,7 @@ def _help():
 def _line(e, resume=''):
     "What to say about an error, in one line"
     text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
+    for call,option in {'resume=True':'--resume', 'read_counts(…, drop_empty=True)':'scld split --drop_empty'}.items(): text = text.replace(call, option)
     if isinstance(e, KeyboardInterrupt): text = '; '.join(filter(None, [text or 'stopped', resume]))
     elif not isinstance(e, (ValueError,KeyError,OSError,RuntimeError,TypeError,ImportError)): text = f'unexpected {type(e).__name__}: {text} (--debug shows where)'
     return f'scld: {text}'
@@ -217,6 +205,7 @@ def _run(name, *argv):
     "Call the command `name` with its arguments"
     if name not in commands: raise ValueError(f"no command {name!r}; the commands are {', '.join(commands)}")
     parser = anno_parser(commands[name], f'scld {name}')
+    parser.allow_abbrev = False
     def refuse(message): raise ValueError(f'{message}; scld {name} --help lists the options')
     parser.error = refuse
     args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
@@ -230,6 +219,7 @@ def main(
     "Run a command of `scld`"
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h','--help'): print(_help()); return 0
+    if argv[0]=='--version': print(__version__); return 0
     debug = '--debug' in argv
     try:
         with warnings.catch_warnings(): warnings.showwarning = _warn; _run(*(a for a in argv if a!='--debug'))

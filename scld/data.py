@@ -84,6 +84,12 @@ def _matrix(adata, layer=None):
 # %% ../nbs/00_data.ipynb #c46af50e
 def _named(layer): return 'X' if layer is None else f'layer {layer!r}'
 
+# %% ../nbs/00_data.ipynb #e7438066
+def _raw(adata, layer):
+    "`adata` and a layer of it; `raw`, where no layer is called so, is `adata.raw`"
+    if layer!='raw' or not isinstance(adata, AnnData) or 'raw' in adata.layers or adata.raw is None: return adata,layer
+    return AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var),None
+
 # %% ../nbs/00_data.ipynb #45193476
 def _refuse(adata, layer, fault):
     "Raise `ValueError` that explains `fault`; nothing happens when there is none"
@@ -91,9 +97,9 @@ def _refuse(adata, layer, fault):
     what,n,i,j,v,top = fault
     others = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
     good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(lambda: _matrix(adata, k))]
-    if adata.raw is not None and _holds_counts(lambda: adata.raw.X): good.append('raw (pass adata.raw.to_adata())')
+    if adata.raw is not None and _holds_counts(lambda: adata.raw.X): good.append("layer='raw'")
     looks = ' (looks log-normalised)' if what=='fractional' and top<15 else ''
-    hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts, or round_counts=True to round' if what=='fractional' else 'pass the raw counts'
+    hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts, or rounded ones: read_counts(…, round_counts=True)' if what=='fractional' else 'pass the raw counts'
     raise ValueError(f"{_named(layer)} is not counts{looks}: {n:,} {what} value{'s'[:n>1]}, the first {v:g} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}; {hint}")
 
 # %% ../nbs/00_data.ipynb #f0000001
@@ -108,6 +114,7 @@ def check_counts(
     layer:str|None=None, # Layer to check; `X` if absent
 )->None: # Nothing when all is well
     "Raise `ValueError` unless every value is finite, non-negative and whole; equation (2)"
+    adata,layer = _raw(adata, layer)
     _refuse(adata, layer, _fault(_blocks(_matrix(adata, layer))))
 
 # %% ../nbs/00_data.ipynb #4c09fa9b
@@ -144,7 +151,7 @@ def _read_mtx(path):
     import scanpy as sc
     folder = path if path.is_dir() else path.parent
     found = sorted(p.name for p in (folder.glob('*matrix.mtx*') if path.is_dir() else [path]))
-    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {found}")
+    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {found}{'; give one of these files' if found else ''}")
     return sc.read_10x_mtx(folder, prefix=found[0].split('matrix.mtx')[0])
 
 # %% ../nbs/00_data.ipynb #22bf4186
@@ -167,10 +174,15 @@ def _read_loom(path):
     return a
 
 # %% ../nbs/00_data.ipynb #d9cf7265
+_symbols = r'ENS[A-Z]*G\d{6,}|(?i:MT)-\w|R[Pp][LSls]\d+' # Names that only genes have
+
 def _read_table(path):
     df = pd.read_csv(path, sep='\t' if '.tsv' in path.name.lower() else ',', index_col=0)
     text = [c for c in df if df[c].dtype.kind not in 'biuf']
+    if not df.shape[1]: raise ValueError("there is one column only; are values separated by commas (or, in a .tsv, by tabs)?")
     if text: raise TypeError(f"{len(text)} columns are not numbers, the first {text[0]!r}")
+    if df.index.dtype.kind in 'iuf' and not df.index.is_unique: raise ValueError("the first column holds numbers that repeat, not names of cells")
+    if df.index.astype(str).str.match(_symbols).sum()>2: raise ValueError(f"rows seem to be genes, such as {df.index[df.index.astype(str).str.match(_symbols)][0]!r}; cells belong in rows: read_counts(scanpy.read_csv(FILE).T)")
     return AnnData(sparse.csr_matrix(df.to_numpy()), obs=pd.DataFrame(index=df.index.astype(str)), var=pd.DataFrame(index=df.columns.astype(str)))
 
 # %% ../nbs/00_data.ipynb #f7e97f00
@@ -198,12 +210,13 @@ def _open(path):
 # %% ../nbs/00_data.ipynb #0ed324e9
 def read_counts(
     data:AnnData|str|Path, # Cells by genes: an AnnData (backed or not), or a path: h5ad, zarr, 10x folder or h5, loom, csv, tsv
-    layer:str|None=None, # Layer that holds the counts; `X` if absent
+    layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
     round_counts:bool=False, # Round values to whole numbers first?
     drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
 )->AnnData: # Counts in `X` (CSR float32, in memory), with copies of `obs` and `var`
     "Checked counts of `data`, which stays as it is; equation (2)"
     adata = _open(data) if isinstance(data, (str,Path)) else data
+    adata,layer = _raw(adata, layer)
     X = sparse.vstack([B for _,B in _blocks(_matrix(adata, layer))], format='csr')
     if round_counts: X.data = np.round(X.data)
     _refuse(adata, layer, _fault([(0,X)]))
@@ -269,6 +282,7 @@ def lognorm(
     target:float=20_000, # Library size to scale every cell to, in counts
 )->sparse.csr_matrix: # log(1+scaled counts), shape (n_cells, n_genes), float32
     "Counts scaled to one library size, then log1p"
+    if isinstance(X, AnnData): raise TypeError("expected a matrix of counts, got an AnnData; pass adata.X")
     X = sparse.csr_matrix(X, dtype=np.float32)
     return (sparse.diags(target/X.sum(1).A1) @ X).log1p().tocsr().astype(np.float32)
 
@@ -315,7 +329,7 @@ def _warn_small(labels, key, few):
     "Warn of labels with fewer than `few` cells"
     n = labels.value_counts()
     small = n[n<few]
-    if len(small): warnings.warn(f"{len(small)} labels in obs[{key!r}] have fewer than {few} cells, the first {small.index[0]!r} with {small.iloc[0]}; what is generated for them will be near copies", stacklevel=3)
+    if len(small): warnings.warn(f"{len(small)} labels in obs[{key!r}] have fewer than {few} cells, the first {small.index[0]!r} with {small.iloc[0]}", stacklevel=3)
 
 # %% ../nbs/00_data.ipynb #efc92cf8
 def _pcs(X, n_hvg, n_pcs, seed):
@@ -390,6 +404,7 @@ def split(
     groups=None, # Group of each cell, such as its donor, shape (n_cells,): no group is in two parts
 )->list: # Row numbers of each part, sorted
     "Row numbers of disjoint parts with the same mix of labels, if labels are given"
+    if isinstance(labels, AnnData): raise TypeError("expected labels or a number of cells, got an AnnData; pass adata.obs[…] or adata.n_obs")
     if isinstance(labels, (int,np.integer)): labels = np.zeros(labels)
     rng,n = np.random.default_rng(seed),len(labels)
     s = np.asarray(sizes, dtype=float)

@@ -24,6 +24,7 @@ def _dense(x, name):
 # %% ../nbs/06_metrics.ipynb #7f12f541
 def _alike(x, y, seed):
     "Random rows of both sets, as many of either, in the form they came"
+    if hasattr(x, 'obs') or hasattr(y, 'obs'): raise TypeError("expected matrices, got an AnnData; pass its X, scaled and logged: lognorm(adata.X)")
     if x.shape[1]!=y.shape[1]: raise ValueError(f"the two sets have {x.shape[1]} and {y.shape[1]} genes; align them first")
     n = min(x.shape[0], y.shape[0])
     if n<10: raise ValueError(f"{n} cells are too few to compare; at least 10 of each are needed")

@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'configs', 'ranges', 'OWN', 'BLOCK', 'FORMAT', 'SCLD']
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
-import contextlib,ctypes,hashlib,html,json,os,shutil,sys
+import contextlib,ctypes,hashlib,html,json,os,shutil,sys,warnings
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -97,16 +97,18 @@ class SCLD:
         config:str='default', # `default`, or `paper` for the paper's settings
         **settings, # Any of `defaults`, over those of `config`
     ):
+        if labels is not None and not isinstance(labels, str): raise TypeError(f"labels is the name of one column of obs, got {type(labels).__name__}; two columns make one: adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].astype(str)")
         if labels in OWN: raise ValueError(f"labels={labels!r} is a column that generated cells have of their own; give yours another name: adata.obs['cell_type'] = adata.obs[{labels!r}]")
         self.settings,data = _settings(config, settings),_cells(adata, layer)
         n,genes = data.X.shape
         if n<10: raise ValueError(f"{n} cells are too few to learn from; at least 10 are needed")
-        label = cluster(data) if labels is None else read_labels(data, labels)
+        label = cluster(data) if labels is None else read_labels(data, labels, few=0)
         self.labels,self.categories = 'louvain' if labels is None else labels,list(label.categories)
         self.genes,self.history,self.trained,self.scored = list(map(str, data.var_names)),pd.DataFrame(),False,False
         self._X,self._label = data.X,torch.tensor(label.codes.astype(np.int64))
         self._library,self._totals = (data.library,data.gene_totals) if data is data.X else (data.X.sum(1).A1,data.X.sum(0).A1)
         self.cells = library_model(self._library, label)
+        if self.small: warnings.warn(f"labels of fewer than min_cells={self.settings['min_cells']} cells cannot be asked for: {', '.join(f'{k} ({self.cells.n[k]})' for k in self.small[:5])}{', …' if len(self.small)>5 else ''}", stacklevel=2)
         means = cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(self.categories), min_cells=1)
         with seeded(0): self._build(self._forget_small(means))
 
@@ -313,6 +315,7 @@ def train(self:SCLD,
     steps = self.settings['steps'] if steps is None else steps
     for k,v,low,high in (('steps',steps,20,10**9), ('batch_size',batch_size,1,10**6), ('seed',seed,0,2**63-1)): _in_range(k, v, low, high)
     steps,batch_size,seed = int(steps),int(batch_size),int(seed)
+    self.settings = dict(self.settings, steps=steps)
     rank,size = processes()
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed, processes=size)
     with _alone(None if rank else checkpoint, "another process is training into {}; choose another folder"):
@@ -480,7 +483,7 @@ def _request(self:SCLD,
     want = n if isinstance(n, dict) else {None: n}
     for k in n if isinstance(n, dict) else ():
         if k in self.small: raise ValueError(f"label {k!r} has {self.cells.loc[k,'n']:.0f} training cells, fewer than min_cells={self.settings['min_cells']}; cells made from so few are near copies")
-        if k not in self.categories: raise KeyError(f"unknown label {k!r}; did you mean {get_close_matches(str(k), self.categories, 1, 0)[0]!r}? The labels are {self.categories}")
+        if k not in self.categories: raise KeyError(f"unknown label {k!r}; did you mean {next((c for c in self.categories if c.lower()==str(k).lower()), get_close_matches(str(k), self.categories, 1, 0)[0])!r}? The labels are {self.categories}")
     for k,m in want.items():
         if isinstance(m, bool) or not isinstance(m, (int,np.integer)) or m<1: raise ValueError(f"the number of cells{f' of {k!r}' if k else ''} must be a whole number above 0, got {m!r}")
     if not want: raise ValueError("no cells asked for: pass a number, or {'label': number}")
@@ -497,7 +500,7 @@ def _how(self:SCLD, guidance, steps, seed):
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
-    n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`
+    n:int|dict, # Number of cells, of all kinds in the proportions of the training cells, or numbers by label: `{"NK": 500, "B": 200}`, or a Series such as `value_counts()`
     guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it, and leaves the kinds of a number of cells to the model (holistic, the paper's)
     keep:float=1., # Share of generated cells to keep of each kind and block, best score first: 0.8 in the paper, 1 for no filter
     steps:int=10, # Network evaluations a cell
@@ -508,14 +511,17 @@ def sample(self:SCLD,
     progress:bool=False, # Show a bar on stderr?
 )->AnnData|Path: # Counts in `X` (CSR), kinds in `obs` (what the model takes the cells for where `guidance` is below 0), latents in `obsm["X_scld"]`, provenance in `uns["scld"]`; or the path of `out`
     "Make new cells, of all kinds or of given labels, by equation (13)"
-    if keep<1 and not self.scored: raise RuntimeError("training was stopped before the scorer: keep must be 1; train(checkpoint=…, resume=True) goes on")
+    if out is not None and not (out := Path(out)).name.endswith('.h5ad'): raise ValueError(f"out={str(out)!r} must be the name of an .h5ad file")
+    if out is not None and not out.parent.is_dir(): raise FileNotFoundError(f"there is no folder {out.parent}")
+    n = dict(n.items()) if hasattr(n, 'items') else n
     self._how(guidance, steps, seed)
-    _in_range('batch_size', batch_size, 1, 10**9)
+    for k,v,low,high in (('batch_size',batch_size,1,10**9), ('keep',keep,0.,1.)): _in_range(k, v, low, high)
+    if keep<1 and not self.scored: raise RuntimeError("this model has no scorer, since training was stopped before the scorer or it was saved without: keep must be 1")
     candidates(label := self._request(n, guidance==-1, seed), keep)
     start = BLOCK*_share(-(-len(label)//BLOCK), part)[0]
     how = dict(n=json.dumps({k: int(m) for k,m in n.items()}) if isinstance(n, dict) else str(n), guidance=float(guidance), keep=float(keep), steps=int(steps), seed=int(seed), part='{}/{}'.format(*part))
     blocks = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps),label,(seed,0),max(batch_size//BLOCK, 1),progress,part
-    return self._anndata(*self._make(*blocks), how, start) if out is None else self._write(Path(out), self._queue(*blocks), how, start)
+    return self._anndata(*self._make(*blocks), how, start) if out is None else self._write(out, self._queue(*blocks), how, start)
 
 # %% ../nbs/05a_model.ipynb #982a74d2
 @patch
@@ -616,17 +622,18 @@ FORMAT = 2 # Of saved models; changes when older code could not read them
 def save(self:SCLD,
     path:str|Path, # Folder to write
     overwrite:bool=False, # Replace a model that is there?
+    scorer:bool=True, # With the scorer? It knows training cells from others, and sampling with `keep=1` can do without
 )->Path: # The folder
     "Write the trained model as safetensors and JSON; of several processes, the first writes and the others wait"
     if not self.trained: raise RuntimeError("this model is not trained; call model.train() first")
     try:
-        if processes()[0]==0: self._save(Path(path), overwrite)
+        if processes()[0]==0: self._save(Path(path), overwrite, scorer and self.scored)
     finally: wait()
     return Path(path)
 
 # %% ../nbs/05a_model.ipynb #7922c881
 @patch
-def _save(self:SCLD, path, overwrite):
+def _save(self:SCLD, path, overwrite, scored):
     "Write the two files in a folder beside `path` and rename it"
     if path.exists() and not overwrite: raise FileExistsError(f"{path} is already there; pass overwrite=True to replace it")
     if path.exists() and not (path/'config.json').is_file(): raise FileExistsError(f"{path} is not a saved model and will not be replaced; choose another folder")
@@ -634,9 +641,9 @@ def _save(self:SCLD, path, overwrite):
     tmp.mkdir(parents=True)
     try:
         w = tmp/'weights.safetensors'
-        save_file({k: v.cpu().contiguous() for k,v in self.net.state_dict().items()}, w)
+        save_file({k: v.cpu().contiguous() if scored or not k.startswith('scorer.') else torch.zeros(v.shape) for k,v in self.net.state_dict().items()}, w)
         config = dict(format=FORMAT, version=__version__, settings=self.settings, labels=self.labels, categories=self.categories, genes=self.genes,
-                      cells=self.cells.to_dict('list'), scored=self.scored, weights=dict(size=w.stat().st_size, sha256=_sha256(w.read_bytes())))
+                      cells=self.cells.to_dict('list'), scored=scored, weights=dict(size=w.stat().st_size, sha256=_sha256(w.read_bytes())))
         (tmp/'config.json').write_text(json.dumps(dict(config, sha256=_config_sha256(config)), indent=1), encoding='utf-8')
         _swap_in(tmp, path, overwrite)
     finally: shutil.rmtree(tmp, ignore_errors=True)
@@ -737,7 +744,7 @@ def score(self:SCLD,
     layer:str|None=None, # Layer that holds the counts; `X` if absent
     missing:str='error', # What to do about genes of the model that are not there: `error`, or `zero` to take them as 0
 )->np.ndarray: # Score of each cell, from 0 (generated) to 1 (real), shape (n_cells,)
-    "How real cells look to the scorer"
+    "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
     X = self._align(read_counts(adata, layer), missing)
     return np.concatenate([self.net.scorer.score(torch.from_numpy(X[i:i+1024].toarray()).to(self.device)).cpu().numpy() for i in range(0, X.shape[0], 1024)])

@@ -8,8 +8,11 @@ __all__ = ['exact_copies', 'verbatim', 'audit_space', 'nearest', 'nearer_to_trai
 
 # %% ../nbs/06a_privacy.ipynb #9a7058b2
 from collections import Counter
+from pathlib import Path
 import numpy as np
+from anndata import AnnData
 from scipy import sparse
+from .data import _open,lognorm,read_counts,read_labels
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
 # %% ../nbs/06a_privacy.ipynb #8aec566c
@@ -132,19 +135,43 @@ def nearer_by_type(
     types = np.asarray(types, str)
     return {str(t): float(near[types==t].mean()) for t in np.unique(types)}
 
+# %% ../nbs/06a_privacy.ipynb #65aff79c
+def _align(a, genes, name):
+    "`a` with its genes in the order of `genes`"
+    missing,extra = genes.difference(a.var_names, sort=False),a.var_names.difference(genes, sort=False)
+    if len(missing) or len(extra):
+        raise ValueError(f"{name} lacks {len(missing)} genes of the real cells (first {list(missing[:3])}) and has {len(extra)} that they lack (first {list(extra[:3])}); take the same genes on both sides")
+    return a if genes.equals(a.var_names) else a[:,genes].copy()
+
+# %% ../nbs/06a_privacy.ipynb #86294df5
+def _read(sets, labels=None, layer=None):
+    "Checked counts of every set, genes aligned to the first, labels as strings; `synth` without the layer is read from `X`; errors name the set"
+    out = {}
+    for name,a in sets.items():
+        try:
+            a = _open(a) if isinstance(a, (str,Path)) else a
+            out[name] = read_counts(a, None if name=='synth' and layer not in getattr(a, 'layers', ()) else layer)
+            if labels: out[name].obs[labels] = np.asarray(read_labels(out[name], labels, few=0), str)
+        except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
+        if out[name].n_obs<10: raise ValueError(f"{name} has {out[name].n_obs} cells; at least 10 are needed, and some hundreds to conclude anything")
+    genes = next(iter(out.values())).var_names
+    return {name: _align(a, genes, name) for name,a in out.items()}
+
 # %% ../nbs/06a_privacy.ipynb #b1208cce
 def audit(
-    train, # Training cells, counts, CSR or dense, shape (n, n_genes)
-    held, # Held-out real cells, counts, shape (h, n_genes)
-    made, # Generated cells, counts, shape (m, n_genes)
-    normalise, # Counts to scaled, logged values, such as `lognorm`
+    train, # Training cells: an AnnData, the path of a file, or counts, CSR or dense, shape (n, n_genes)
+    held, # Held-out real cells, in the same form, shape (h, n_genes)
+    made, # Generated cells, in the same form, shape (m, n_genes)
+    normalise=lognorm, # Counts to scaled, logged values, such as `lognorm`
     n_cells:int=1500, # At most this many cells of each set in questions of distance
     n_perm:int=499, # Times to decide anew which real cells were trained on
     level:float=0.05, # False alarms allowed, over all questions
     seed:int=0, # Same seed, same result
+    layer:str|None=None, # Layer that holds the counts of an AnnData or file; generated cells may have theirs in `X`
 )->dict: # Question: dict of `value`, `p`, `low`, `high` and `caught`; `cells` of `exact copies` is how many generated cells equal a training cell and no held-out one
     "Does a generator give its training cells away?"
     if 1/(1+n_perm)>level/4: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by 4 questions; n_perm must be at least {int(np.ceil(4/level))-1}")
+    if isinstance(train, (AnnData,str,Path)): train,held,made = (a.X for a in _read(dict(train=train, held=held, synth=made), layer=layer).values())
     z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
     tests = {'exact copies': verbatim(train, held, made, n_perm, seed),
              'near copies': near_copies(*z, n_perm=n_perm, seed=seed),

@@ -18,28 +18,7 @@ from . import __version__
 from .data import lognorm,read_counts,read_labels
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,coexpression,gene_metrics,library_distance,marker_agreement,
                           mmd2_sides,neighbour_metrics,per_type,permute_genes,poisson_cells,pool_pcs,rf_auc,sides,type_distance,type_f1)
-from .privacy import audit,audit_space,exact_copies,nearest,small_types
-
-# %% ../nbs/06c_report.ipynb #65aff79c
-def _align(a, genes, name):
-    "`a` with its genes in the order of `genes`"
-    missing,extra = genes.difference(a.var_names, sort=False),a.var_names.difference(genes, sort=False)
-    if len(missing) or len(extra):
-        raise ValueError(f"{name} lacks {len(missing)} genes of the real cells (first {list(missing[:3])}) and has {len(extra)} that they lack (first {list(extra[:3])}); take the same genes on both sides")
-    return a if genes.equals(a.var_names) else a[:,genes].copy()
-
-# %% ../nbs/06c_report.ipynb #86294df5
-def _read(sets, labels):
-    "Checked counts of every set, genes aligned to the first, labels as strings; errors name the set"
-    out = {}
-    for name,a in sets.items():
-        try:
-            out[name] = read_counts(a)
-            if labels: out[name].obs[labels] = np.asarray(read_labels(out[name], labels, few=0), str)
-        except (ValueError,KeyError,TypeError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
-        if out[name].n_obs<10: raise ValueError(f"{name} has {out[name].n_obs} cells; at least 10 are needed, and some hundreds to conclude anything")
-    genes = next(iter(out.values())).var_names
-    return {name: _align(a, genes, name) for name,a in out.items()}
+from .privacy import _align,_read,audit,audit_space,exact_copies,nearest,small_types
 
 # %% ../nbs/06c_report.ipynb #30b83bb9
 def _compare(real, other, labels, n_trees, n_perm, seed):
@@ -158,18 +137,19 @@ def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
 
 # %% ../nbs/06c_report.ipynb #fbbad766
 def evaluate(
-    real:AnnData, # Real cells that the generator has not seen; counts in `X`
-    synth:AnnData, # Generated cells; counts in `X`
-    train:AnnData|None=None, # Real cells that it has learnt from, for floor and audit; absent: halves of `real` are the floor
+    real:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
+    synth:AnnData|str|Path, # Generated cells; an AnnData or the path of a file
+    train:AnnData|str|Path|None=None, # Real cells that it has learnt from, for floor and audit; absent: halves of `real` are the floor
     labels:str|None=None, # Column of `obs` with the kinds of cells
     n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 30
     n_cells:int=1500, # At most this many cells of each set
     n_perm:int=999, # Times the pool is dealt anew
     seed:int=0, # Same seed, same figures
     nulls:bool=True, # Also show what ruined real cells score
+    layer:str|None=None, # Layer that holds the counts; generated cells may have theirs in `X`
 )->Report: # Tables, figures, HTML
     "How well generated cells pass for real ones, beside floor, chance and nulls"
-    sets = _read(dict(real=real, synth=synth, **({} if train is None else dict(train=train))), labels)
+    sets = _read(dict(real=real, synth=synth, **({} if train is None else dict(train=train))), labels, layer)
     cells = _cut(sets, n_cells, seed)
     found,privacy,scores,K = _tests(sets, cells, labels, n_trees, n_perm, seed)
     floor,floor_scores = _compare(cells['real'], cells['train'], labels, n_trees, 0, seed)
@@ -326,7 +306,7 @@ def plot_guidance(
 _panels = { # Name: function, axes, size of one in inches, what it needs, sentence
     'Embedding': (plot_embedding, 2, (4.2,3.6), None, 'One t-SNE of both sets, drawn apart. Good: the same islands, filled to the same degree, in the same colours. Islands among generated cells only are inventions; among real cells only, losses.'),
     'Markers': (plot_markers, 2, (4.2,5.2), 'types', 'Genes that mark a type in real cells: colour is the mean, size the share of cells that have a count. Good: the same diagonal on both sides.'),
-    'Types': (plot_types, 1, (4.2,3.6), 'types', 'How often a forest, looking inside one type, ranks a real cell above a generated one. Good: orange bars as long as the grey ones, which are real against real. 0.5 is guessing.'),
+    'Types': (plot_types, 1, (4.2,3.6), 'judged', 'How often a forest, looking inside one type, ranks a real cell above a generated one. Good: orange bars as long as the grey ones, which are real against real. 0.5 is guessing.'),
     'Library sizes': (plot_library, 1, (4.2,3.2), None, 'How many molecules a cell has. Good: the line follows the filled shape.'),
     'Mean and variance': (plot_mean_variance, 1, (4.2,3.2), None, 'One mark a gene. Good: crosses lie on circles. Crosses below are too smooth, crosses above too noisy.'),
     'Zeros': (plot_zeros, 1, (4.2,3.2), None, 'One dot a gene: the share of cells in which it was not seen. Good: dots on the diagonal. Dots below are genes seen too often.'),
@@ -359,7 +339,8 @@ _guide = {
 # %% ../nbs/06c_report.ipynb #633f268f
 def _shown(report):
     "The panels that there is something to show in"
-    have = dict(types=len(report.types) and (report.types['real cells']>=10).any(), privacy=len(report.privacy))
+    t = report.types
+    have = dict(types=len(t) and (t['real cells']>=10).any(), judged=len(t) and t['AUC, generated'].notna().any(), privacy=len(report.privacy))
     return {k: p for k,p in _panels.items() if p[3] is None or have[p[3]]}
 
 # %% ../nbs/06c_report.ipynb #8928a4b4

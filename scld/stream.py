@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import _blocks,_checked_names,_fault,_matrix,_open,_refuse,_rows,read_counts
+from .data import _blocks,_checked_names,_fault,_matrix,_open,_raw,_refuse,_rows,read_counts
 
 # %% ../nbs/00b_stream.ipynb #d92567ea
 class CountStream:
@@ -24,6 +24,7 @@ class CountStream:
     ):
         if block<1 or pool<1: raise ValueError(f"block and pool must be at least 1, got {block} and {pool}")
         adata = _open(data) if isinstance(data, (str,Path)) else data
+        adata,layer = _raw(adata, layer)
         self._on_disk,self.block,self.pool = _matrix(adata, layer),block,pool
         if getattr(self._on_disk, 'format', '')=='csc': raise ValueError("the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)")
         self.obs,self.var,self.obs_names,self.var_names,self.shape = adata.obs,adata.var,adata.obs_names,adata.var_names,adata.shape

@@ -15,7 +15,7 @@ from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
 from . import __version__
-from .data import lognorm,read_counts,read_labels
+from .data import lognorm
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,coexpression,gene_metrics,library_distance,marker_agreement,
                           mmd2_sides,neighbour_metrics,per_type,permute_genes,poisson_cells,pool_pcs,rf_auc,sides,type_distance,type_f1)
 from .privacy import _align,_read,audit,audit_space,exact_copies,nearest,small_types

@@ -7,6 +7,7 @@ __all__ = ['defaults', 'configs', 'ranges', 'OWN', 'BLOCK', 'FORMAT', 'FILES', '
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
 import hashlib,html,json,sys,warnings
+from contextlib import closing
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -551,12 +552,13 @@ def _look(self:SCLD,
     K = len(self.categories)
     n,seen = np.zeros(K, int),np.zeros(K, int)
     prior = np.log(self.cells['n'].to_numpy())
-    for X,z,score,k in blocks:
-        odds,own = self.net.labeller.log_odds(X),(k<K)&heard
-        n += np.bincount(k[own], minlength=K)
-        seen += np.bincount(k[own][odds[own].argmax(1)==k[own]], minlength=K)
-        if named: self._refuse_unlike(n, seen, floor)
-        yield X,z,score,np.where(own, k, (odds+prior).argmax(1))
+    with closing(blocks):
+        for X,z,score,k in blocks:
+            odds,own = self.net.labeller.log_odds(X),(k<K)&heard
+            n += np.bincount(k[own], minlength=K)
+            seen += np.bincount(k[own][odds[own].argmax(1)==k[own]], minlength=K)
+            if named: self._refuse_unlike(n, seen, floor)
+            yield X,z,score,np.where(own, k, (odds+prior).argmax(1))
     self._unlike(n, seen)
 
 # %% ../nbs/05a_model.ipynb #657f0864
@@ -654,7 +656,7 @@ def _write(self:SCLD, out, blocks, how, first, label, part):
     mine = _share(-(-len(label)//BLOCK), part)
     n = min(mine.stop*BLOCK, len(label))-mine.start*BLOCK
     small = []
-    with whole_h5(out) as (f,raw):
+    with whole_h5(out) as (f,raw), closing(blocks):
         rows = SparseRows(f.create_group('X'), (n,len(self.genes)))
         latents = f.create_dataset('latents', (n,self.settings['n_latent']+1), np.float32, fletcher32=True, chunks=True)
         for X,z,score,name in blocks:

@@ -564,23 +564,26 @@ def _look(self:SCLD,
 # %% ../nbs/05a_model.ipynb #657f0864
 @patch
 def _recognised(self:SCLD, k, n, seen):
-    "A sentence on how often cells of label number `k` are recognised"
-    name,real = self.categories[k],self.cells['real'].iloc[k]
-    return (f"of {n[k]:,} cells made as {name!r}, expression tells {seen[k]/n[k]:.0%} as {name!r} (real cells {real:.0%}); "
-            f"it was learnt from {self.cells['n'].iloc[k]:,.0f} cells in {self.settings['steps']:,} steps")
+    "How often cells of label number `k` are recognised, in words"
+    label = self.cells.iloc[k]
+    return (f"{self.categories[k]!r}: {seen[k]/n[k]:.0%} of {n[k]:,} made cells, {label['real']:.0%} of real ones, "
+            f"learnt from {label['n']:,.0f}")
 
 @patch
 def _refuse_unlike(self:SCLD, n, seen, floor):
     "`RuntimeError` where a label is recognised less often than `floor` allows"
-    for k in np.flatnonzero(n):
-        if too_few(seen[k], n[k], floor*self.cells['real'].iloc[k]):
-            raise RuntimeError(f"{self._recognised(k, n, seen)}; train longer or on more cells of it, or take them as they are with floor=0")
+    bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], floor*self.cells['real'].iloc[k])]
+    what = "made cells are not what was asked for; by expression a classifier recognises as"
+    todo = "train longer or on more cells of it, or take them as they are with floor=0"
+    for k in bad: raise RuntimeError(f"{what} {self._recognised(k, n, seen)}; {todo}")
 
 @patch
 def _unlike(self:SCLD, n, seen, share=0.8):
     "Warn of labels that are recognised less often than `share` of what real cells are"
     bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], share*self.cells['real'].iloc[k])]
-    for k in bad: warnings.warn(self._recognised(k, n, seen), stacklevel=2)
+    said = [self._recognised(k, n, seen) for k in bad[:5]]+['…'][:len(bad)>5]
+    few = f"made cells of {len(bad)} of {np.count_nonzero(n)} labels are less like their label than real cells are"
+    if bad: warnings.warn(f"{few}; a classifier of expression recognises as {'; as '.join(said)}", stacklevel=2)
 
 # %% ../nbs/05a_model.ipynb #f0a5e003
 @patch

@@ -7,7 +7,7 @@ __all__ = ['toy_cells', 'check_counts', 'read_counts', 'pbmc68k_reduced', 'find_
            'top_genes', 'read_labels', 'cluster', 'library_model', 'draw_library', 'split']
 
 # %% ../nbs/00_data.ipynb #516e2692
-import csv,gzip,io,logging,math,os,random,re,stat,warnings
+import contextlib,csv,gzip,io,logging,math,os,random,re,stat,warnings
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -34,7 +34,7 @@ def toy_cells(
     var = pd.DataFrame(index=[f'gene{j}' for j in range(n_genes)])
     return AnnData(sparse.csr_matrix(X, dtype=np.float32), obs=obs, var=var, varm={'profile':profile})
 
-# %% ../nbs/00_data.ipynb #8fef7300
+# %% ../nbs/00_data.ipynb #842846db
 def _check_pointers(indptr, n_values, shape):
     "Refuse the pointers of a sparse matrix that do not fit `shape`, (rows, columns), and the number of stored values"
     p = np.asarray(indptr)
@@ -45,7 +45,7 @@ def _check_pointers(indptr, n_values, shape):
     most = int((p[1:]-p[:-1]).max(initial=0))
     if most>2*max(shape[1], 64): raise ValueError(f"one row of {shape[1]:,} places holds {most:,} values")
 
-# %% ../nbs/00_data.ipynb #7ae33cd5
+# %% ../nbs/00_data.ipynb #34f1d7f9
 def _compressed(kind, data, indices, indptr, shape):
     "A sparse matrix of the class `kind`, made only if its pointers and indices stay inside it"
     n,m = shape[::-1] if kind is sparse.csc_matrix else shape
@@ -58,7 +58,7 @@ def _compressed(kind, data, indices, indptr, shape):
 
 def _native(v): return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
 
-# %% ../nbs/00_data.ipynb #41180df1
+# %% ../nbs/00_data.ipynb #9fd0151d
 def _take(X, part, name=None):
     "A part of the matrix `X`, or of the array `name` of a sparse matrix on disk; `OSError` if it cannot be read"
     o = getattr(X, 'group', X)
@@ -87,13 +87,13 @@ def _rows(X, start, stop):
         B.sum_duplicates()
     return B
 
-# %% ../nbs/00_data.ipynb #650804b6
+# %% ../nbs/00_data.ipynb #0716bfd9
 def _shape(X):
     "The shape of a matrix, (rows, columns)"
     if hasattr(type(o := getattr(X, 'group', X)), 'file') and not o: raise OSError(_closed)
     return tuple(map(int, X.shape))
 
-# %% ../nbs/00_data.ipynb #d9c9614a
+# %% ../nbs/00_data.ipynb #35e37779
 def _in_memory(X):
     "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
     if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
@@ -120,7 +120,7 @@ _rules = {
     'far too large': lambda v: v>2.**53,
     'fractional': lambda v: v!=np.floor(v)}
 
-# %% ../nbs/00_data.ipynb #9e97a3c8
+# %% ../nbs/00_data.ipynb #6d750782
 def _looks(top, off, totals):
     "What values seem to be of which the largest is `top`, `off` the largest distance from a whole number, `totals` sums of cells"
     if off<0.01: return 'nearly whole'
@@ -173,14 +173,14 @@ def _check_matrix(X, layer):
     if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
     if hasattr(getattr(X, 'group', X), 'attrs'): _check_stored(getattr(X, 'group', X), dense=not hasattr(X, 'group'))
 
-# %% ../nbs/00_data.ipynb #433d4a97
+# %% ../nbs/00_data.ipynb #865de0f1
 def _weigh(what, n, n_bytes, times=100):
     "Refuse to unpack `n` bytes out of `n_bytes` if that is more than 64 MiB and more than `times` as much"
     most = max(2**26+times*n_bytes, int(float(os.getenv('SCLD_MAX_BYTES') or 0)))
     if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,} stored ones, where at most {most:,} are likely; "
         "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes")
 
-# %% ../nbs/00_data.ipynb #631aec35
+# %% ../nbs/00_data.ipynb #69f73563
 def _arrays(o, depth=5):
     "Yield the arrays at or below `o`, an array or group of an HDF5 file or zarr store"
     if not hasattr(o, 'keys'): yield o
@@ -188,13 +188,13 @@ def _arrays(o, depth=5):
     else:
         for k in o: yield from _arrays(o[k], depth-1)
 
-# %% ../nbs/00_data.ipynb #84612e89
+# %% ../nbs/00_data.ipynb #458f6568
 def _size(a):
     "Bytes of an array on disk, or of a part of it, once unpacked"
     parts = (getattr(a, k, None) or () for k in ('shape','chunks','shards'))
     return max(map(math.prod, parts))*a.dtype.itemsize
 
-# %% ../nbs/00_data.ipynb #edeb9008
+# %% ../nbs/00_data.ipynb #45bd3d75
 def _lost(a):
     "How many parts of an array on disk are not there"
     if hasattr(a, 'nchunks'): return a.nchunks-a.nchunks_initialized
@@ -202,7 +202,7 @@ def _lost(a):
     if not a.chunks: return int(a.id.get_storage_size()==0)
     return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
 
-# %% ../nbs/00_data.ipynb #d30c715a
+# %% ../nbs/00_data.ipynb #17af8e89
 def _check_stored(o, dense=False):
     "Refuse a matrix on disk, an array or a group of arrays, that unpacks to far too much or of which parts are missing"
     arrays = list(_arrays(o))
@@ -286,7 +286,7 @@ def _check_inside(f):
             if isinstance(o, h5py.Dataset) and (o.is_virtual or o.external): raise ValueError(f"the values of {k!r} are in other files")
             seen.add(at)
 
-# %% ../nbs/00_data.ipynb #ecc06210
+# %% ../nbs/00_data.ipynb #118b2392
 def _frame(g, n_bytes):
     "The table `obs` or `var` at the group `g` of a store of `n_bytes`"
     from anndata.io import read_elem
@@ -325,7 +325,7 @@ def _read_h5ad(path):
         return read_h5ad(path)
     except BaseException: root.close(); raise
 
-# %% ../nbs/00_data.ipynb #44847e21
+# %% ../nbs/00_data.ipynb #c9150892
 def _close(adata):
     "Close the HDF5 files that matrices of `adata` are read from"
     for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
@@ -338,7 +338,7 @@ def _read_zarr(path):
     except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
     return _open_store(zarr.open(path, mode='r'), _check_folder(path))
 
-# %% ../nbs/00_data.ipynb #958e1dc1
+# %% ../nbs/00_data.ipynb #c7256c1c
 def _check_folder(path):
     "Bytes of the plain files in a folder; refuses links, pipes and the like, and folders nested too deep"
     n_bytes = 0
@@ -350,13 +350,13 @@ def _check_folder(path):
             n_bytes += s.st_size
     return n_bytes
 
-# %% ../nbs/00_data.ipynb #0e345732
+# %% ../nbs/00_data.ipynb #1e07158d
 def _unpacked(path):
     "The file `path`, gzipped or not, opened to read its bytes"
     with open(path, 'rb') as f: packed = f.read(2)==b'\x1f\x8b'
     return gzip.open(path) if packed else open(path, 'rb')
 
-# %% ../nbs/00_data.ipynb #073ba056
+# %% ../nbs/00_data.ipynb #005a01d3
 def _length(path):
     "Bytes of text in a plain or gzipped file; refuses what is no plain file, unpacks to far too much or has no lines"
     if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
@@ -369,7 +369,7 @@ def _length(path):
             _weigh('one line', line, 0)
     return n
 
-# %% ../nbs/00_data.ipynb #092d26b6
+# %% ../nbs/00_data.ipynb #123dcd4f
 def _mtx_header(path):
     "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
     with _unpacked(path) as f: line = next((l for l in iter(lambda: f.readline(2**16), b'') if l.strip() and l[:1]!=b'%'), b'')
@@ -381,7 +381,7 @@ def _mtx_header(path):
         raise ValueError(f"its header declares {n[0]:,} × {n[1]:,} places and {values:,} values in {n_bytes:,} bytes of text")
     return n
 
-# %% ../nbs/00_data.ipynb #3e2e35b4
+# %% ../nbs/00_data.ipynb #4a0c359f
 def _read_matrix(path):
     "The matrix of a Matrix Market file turned round: cells by genes, CSR"
     from scipy.io import mmread
@@ -394,7 +394,7 @@ def _read_matrix(path):
         raise ValueError(f"{bad.size:,} negative values, the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}; pass the raw counts")
     return M.T.tocsr()
 
-# %% ../nbs/00_data.ipynb #ea707787
+# %% ../nbs/00_data.ipynb #98100070
 def _matrix_file(path):
     "The Matrix Market file that `path` is, or that lies in the folder `path`"
     if not path.is_dir(): return path
@@ -405,7 +405,7 @@ def _matrix_file(path):
         raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{'; give one of these files' if found else ''}")
     return found[0]
 
-# %% ../nbs/00_data.ipynb #7d7f09f9
+# %% ../nbs/00_data.ipynb #cb0ee2b3
 def _list_beside(path, *names):
     "The rows of the list called one of `names` that belongs to the matrix file `path`, each a list of fields; None without one"
     prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
@@ -433,20 +433,25 @@ def _read_mtx(path):
 
 def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
 
-# %% ../nbs/00_data.ipynb #06c3520a
+# %% ../nbs/00_data.ipynb #94971693
 def _features(rows):
     "The table of genes from a list with the columns id, name, type; or id, name; or one column of names"
     n = min(map(len, rows))
     if n==1: warnings.warn("the list of genes has one column: it is taken for their names", stacklevel=6)
-    var = pd.DataFrame(index=[r[min(n, 2)-1] for r in rows])
+    var = pd.DataFrame(index=_unique(r[min(n, 2)-1] for r in rows))
     for i,k in ((0,'gene_ids'), (2,'feature_types')):
         if n>max(i, 1): var[k] = [r[i] for r in rows]
     return var
 
-# %% ../nbs/00_data.ipynb #f52543b6
+# %% ../nbs/00_data.ipynb #dbed191a
+def _unique(names):
+    "Names of genes, later ones of the same name with a suffix"
+    from anndata.utils import make_index_unique
+    return make_index_unique(pd.Index(list(names), dtype=str))
+
+# %% ../nbs/00_data.ipynb #865bc42c
 def _genes_only(a):
-    "`a` with names of genes made unique, without what was counted beside genes"
-    a.var_names_make_unique()
+    "`a` without what was counted beside genes"
     types = a.var.get('feature_types', pd.Series(dtype=str)).astype(str)
     beside = types.str.contains('Capture$|^(?:Gene Expression|Custom|Peaks)$')
     return a[:,(types=='Gene Expression').to_numpy()].copy() if beside.any() else a
@@ -464,10 +469,10 @@ def _read_10x_h5(path):
         names = dict(gene_ids=text('features/id'), feature_types=text('features/feature_type'), genome=text('features/genome'))
         if 'features' not in g: names = dict(gene_ids=text('genes'))
         var = pd.DataFrame({k: v for k,v in names.items() if v is not None})
-        var.index = text('features/name' if 'features' in g else 'gene_names')
+        var.index = _unique(text('features/name' if 'features' in g else 'gene_names'))
         return _genes_only(AnnData(X, obs=pd.DataFrame(index=text('barcodes')), var=var))
 
-# %% ../nbs/00_data.ipynb #53e215ad
+# %% ../nbs/00_data.ipynb #d9fbe6d3
 def _group_10x(f):
     "The name of the group that holds the matrix of a 10x file"
     if 'matrix' in f: return 'matrix'
@@ -484,10 +489,11 @@ def _read_loom(path):
     with h5py.File(path) as f:
         _check_inside(f)
         obs,var = _loom_table(f, 'col_attrs', ('CellID','obs_names')),_loom_table(f, 'row_attrs', ('Gene','var_names'))
+        var.index = _unique(var.index)
         layers = {k: _turned(f['layers'][k]) for k in (f['layers'] if 'layers' in f else ())}
-        return _genes_only(AnnData(_turned(f['matrix']), obs=obs, var=var, layers=layers))
+        return AnnData(_turned(f['matrix']), obs=obs, var=var, layers=layers)
 
-# %% ../nbs/00_data.ipynb #b195d708
+# %% ../nbs/00_data.ipynb #180ec7ca
 def _loom_table(f, where, names):
     "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
     g = f[where]
@@ -498,7 +504,7 @@ def _loom_table(f, where, names):
     df = pd.DataFrame(cols)
     return df.set_index(df.pop(name).astype(str).rename(None))
 
-# %% ../nbs/00_data.ipynb #a7317b77
+# %% ../nbs/00_data.ipynb #89ada872
 def _turned(d):
     "A matrix on disk of genes by cells as CSR, cells by genes"
     _check_stored(d, dense=True)
@@ -517,7 +523,7 @@ def _check_way_round(cells, genes, advice):
     if len(found)>len(genes)/2 and not cells.str.fullmatch(_barcodes).any():
         raise ValueError(f"columns seem to be cells, such as {found[0]!r}; cells belong in rows: {advice}")
 
-# %% ../nbs/00_data.ipynb #22b09ba0
+# %% ../nbs/00_data.ipynb #15f2007f
 def _read_table(path):
     "The cells of a csv or tsv file, gzipped or not"
     sep = '\t' if '.tsv' in path.name.lower() else ','
@@ -536,7 +542,7 @@ def _read_table(path):
     if len(found)>2: raise ValueError(f"rows seem to be genes, such as {found[0]!r}; cells belong in rows: {turn}")
     return AnnData(sparse.vstack([X for _,X,_ in parts], format='csr'), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
 
-# %% ../nbs/00_data.ipynb #664bf7d2
+# %% ../nbs/00_data.ipynb #68821e0b
 def _table_part(df, head):
     "Names of cells, values as CSR and names of genes, of some rows of a table with the header `head`"
     genes = head if df.shape[1]==len(head)+1 else head[1:] # as R writes tables, without a name for the names
@@ -577,10 +583,21 @@ def read_counts(
     "Checked counts of `data`, which stays as it is; equation (2)"
     if not isinstance(data, (str,Path)): return _counts(data, layer, round_counts, drop_empty)
     adata = _open(data)
-    try: return _counts(adata, layer, round_counts, drop_empty)
-    finally: _close(adata)
+    with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
-# %% ../nbs/00_data.ipynb #d5c3595c
+# %% ../nbs/00_data.ipynb #fe4a66fc
+@contextlib.contextmanager
+def _closing(adata, path, always=True):
+    "Close the files of `adata` after an error, which gets the path in front, or always"
+    try: yield
+    except Exception as e:
+        always = True
+        if str(path) not in str(e): e.args = (f"{path}: {e.args[0] if e.args else e}",)
+        raise
+    finally:
+        if always: _close(adata)
+
+# %% ../nbs/00_data.ipynb #c7d1b492
 def _counts(adata, layer, round_counts, drop_empty):
     "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
@@ -615,7 +632,7 @@ def _checked_names(adata, library, totals, top, drop_empty=False):
     _warn_odd(library, totals, top)
     return library>0
 
-# %% ../nbs/00_data.ipynb #ab8cf3a9
+# %% ../nbs/00_data.ipynb #c2ae37e8
 def _warn_odd(library, totals, top):
     "Warn of values that are whole but hardly counts; `library` by cell, `totals` by gene, `top` the largest value"
     said = []
@@ -703,10 +720,11 @@ def read_labels(
     few:int=3, # Warn of labels with fewer cells; 0: never
 )->pd.Categorical: # Label of each cell, shape (n_cells,)
     "The labels in `obs[key]`, checked"
-    if key not in adata.obs: raise KeyError(f"no column {key!r} in obs; did you mean {get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'}? The columns are {list(adata.obs)}")
+    if key not in adata.obs:
+        near = get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'
+        raise KeyError(f"no column {key!r} in obs; did you mean {near}? The columns are {list(adata.obs)}")
     col = adata.obs[key]
-    if col.isna().any(): raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {adata.obs_names[col.isna()][0]!r}; drop these cells or name them")
-    if pd.api.types.is_float_dtype(col.dtype) or len(col)>20 and col.nunique()>len(col)/2: raise ValueError(f"obs[{key!r}] is {col.dtype} with {col.nunique()} values for {len(col)} cells; expected categories")
+    _check_column(col, key)
     cats = col.astype('category').cat.remove_unused_categories().cat
     unused = set(col.astype('category').cat.categories)-set(cats.categories)
     if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
@@ -715,6 +733,19 @@ def read_labels(
     labels = pd.Categorical.from_codes(cats.codes, names)
     _warn_small(labels, key, few)
     return labels
+
+# %% ../nbs/00_data.ipynb #07d31e95
+def _check_column(col, key):
+    "Refuse a column that cannot serve as labels"
+    if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")
+    if col.isna().any():
+        first = col.index[col.isna()][0]
+        raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {first!r}; drop these cells or name them")
+    if pd.api.types.is_float_dtype(col.dtype):
+        how = 'make them text: .astype(int).astype(str)' if (col==col.round()).all() else 'cut them into ranges with pandas.cut'
+        raise ValueError(f"obs[{key!r}] holds numbers with decimal points ({col.dtype}), expected categories; {how}")
+    if len(col)>20 and col.nunique()>len(col)/2:
+        raise ValueError(f"obs[{key!r}] has {col.nunique()} values for {len(col)} cells; expected categories, each of several cells")
 
 # %% ../nbs/00_data.ipynb #5d146bb3
 def _warn_small(labels, key, few):

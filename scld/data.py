@@ -7,7 +7,7 @@ __all__ = ['toy_cells', 'check_counts', 'read_counts', 'pbmc68k_reduced', 'find_
            'top_genes', 'read_labels', 'cluster', 'library_model', 'draw_library', 'split']
 
 # %% ../nbs/00_data.ipynb #516e2692
-import contextlib,csv,gzip,io,logging,math,os,random,re,stat,warnings
+import contextlib,csv,gzip,io,logging,math,os,random,re,stat,subprocess,sys,warnings
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -34,7 +34,7 @@ def toy_cells(
     var = pd.DataFrame(index=[f'gene{j}' for j in range(n_genes)])
     return AnnData(sparse.csr_matrix(X, dtype=np.float32), obs=obs, var=var, varm={'profile':profile})
 
-# %% ../nbs/00_data.ipynb #842846db
+# %% ../nbs/00_data.ipynb #61339ef8
 def _check_pointers(indptr, n_values, shape):
     "Refuse the pointers of a sparse matrix that do not fit `shape`, (rows, columns), and the number of stored values"
     p = np.asarray(indptr)
@@ -45,7 +45,7 @@ def _check_pointers(indptr, n_values, shape):
     most = int((p[1:]-p[:-1]).max(initial=0))
     if most>2*max(shape[1], 64): raise ValueError(f"one row of {shape[1]:,} places holds {most:,} values")
 
-# %% ../nbs/00_data.ipynb #34f1d7f9
+# %% ../nbs/00_data.ipynb #41a00f51
 def _compressed(kind, data, indices, indptr, shape):
     "A sparse matrix of the class `kind`, made only if its pointers and indices stay inside it"
     n,m = shape[::-1] if kind is sparse.csc_matrix else shape
@@ -58,7 +58,7 @@ def _compressed(kind, data, indices, indptr, shape):
 
 def _native(v): return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
 
-# %% ../nbs/00_data.ipynb #9fd0151d
+# %% ../nbs/00_data.ipynb #4539f34b
 def _take(X, part, name=None):
     "A part of the matrix `X`, or of the array `name` of a sparse matrix on disk; `OSError` if it cannot be read"
     o = getattr(X, 'group', X)
@@ -80,20 +80,20 @@ def _rows(X, start, stop):
         part = slice(int(p[0]), int(p[-1]))
         arrays = _take(X, part, 'data'),_take(X, part, 'indices'),p-p[0]
         B = _compressed(sparse.csr_matrix, *arrays, (len(p)-1,_shape(X)[1]))
-    elif sparse.issparse(X): B = _in_memory(X[start:stop])
-    else: B = sparse.csr_matrix(_native(_take(X, slice(start, stop))))
+    elif isinstance(X, np.ndarray) or hasattr(X, 'attrs'): B = sparse.csr_matrix(_native(_take(X, slice(start, stop))))
+    else: B = _in_memory(X[start:stop])
     if not B.has_canonical_format and not (B.data<0).any():
         B = B.astype(np.float64)
         B.sum_duplicates()
     return B
 
-# %% ../nbs/00_data.ipynb #0716bfd9
+# %% ../nbs/00_data.ipynb #ff82bb09
 def _shape(X):
     "The shape of a matrix, (rows, columns)"
     if hasattr(type(o := getattr(X, 'group', X)), 'file') and not o: raise OSError(_closed)
     return tuple(map(int, X.shape))
 
-# %% ../nbs/00_data.ipynb #35e37779
+# %% ../nbs/00_data.ipynb #08a6877e
 def _in_memory(X):
     "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
     if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
@@ -120,7 +120,7 @@ _rules = {
     'far too large': lambda v: v>2.**53,
     'fractional': lambda v: v!=np.floor(v)}
 
-# %% ../nbs/00_data.ipynb #6d750782
+# %% ../nbs/00_data.ipynb #3de11c1f
 def _looks(top, off, totals):
     "What values seem to be of which the largest is `top`, `off` the largest distance from a whole number, `totals` sums of cells"
     if off<0.01: return 'nearly whole'
@@ -173,14 +173,14 @@ def _check_matrix(X, layer):
     if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
     if hasattr(getattr(X, 'group', X), 'attrs'): _check_stored(getattr(X, 'group', X), dense=not hasattr(X, 'group'))
 
-# %% ../nbs/00_data.ipynb #865de0f1
+# %% ../nbs/00_data.ipynb #09418bf5
 def _weigh(what, n, n_bytes, times=100):
     "Refuse to unpack `n` bytes out of `n_bytes` if that is more than 64 MiB and more than `times` as much"
     most = max(2**26+times*n_bytes, int(float(os.getenv('SCLD_MAX_BYTES') or 0)))
     if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,} stored ones, where at most {most:,} are likely; "
         "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes")
 
-# %% ../nbs/00_data.ipynb #69f73563
+# %% ../nbs/00_data.ipynb #64ac9ea4
 def _arrays(o, depth=5):
     "Yield the arrays at or below `o`, an array or group of an HDF5 file or zarr store"
     if not hasattr(o, 'keys'): yield o
@@ -188,13 +188,13 @@ def _arrays(o, depth=5):
     else:
         for k in o: yield from _arrays(o[k], depth-1)
 
-# %% ../nbs/00_data.ipynb #458f6568
+# %% ../nbs/00_data.ipynb #3eb82f37
 def _size(a):
     "Bytes of an array on disk, or of a part of it, once unpacked"
     parts = (getattr(a, k, None) or () for k in ('shape','chunks','shards'))
     return max(map(math.prod, parts))*a.dtype.itemsize
 
-# %% ../nbs/00_data.ipynb #45bd3d75
+# %% ../nbs/00_data.ipynb #5cfe01c8
 def _lost(a):
     "How many parts of an array on disk are not there"
     if hasattr(a, 'nchunks'): return a.nchunks-a.nchunks_initialized
@@ -202,7 +202,7 @@ def _lost(a):
     if not a.chunks: return int(a.id.get_storage_size()==0)
     return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
 
-# %% ../nbs/00_data.ipynb #17af8e89
+# %% ../nbs/00_data.ipynb #3261b3f4
 def _check_stored(o, dense=False):
     "Refuse a matrix on disk, an array or a group of arrays, that unpacks to far too much or of which parts are missing"
     arrays = list(_arrays(o))
@@ -286,7 +286,49 @@ def _check_inside(f):
             if isinstance(o, h5py.Dataset) and (o.is_virtual or o.external): raise ValueError(f"the values of {k!r} are in other files")
             seen.add(at)
 
-# %% ../nbs/00_data.ipynb #118b2392
+# %% ../nbs/00_data.ipynb #27db9343
+def _heaps(path):
+    "Yield what is in each heap of text of an HDF5 file, as bytes"
+    mark,step = b'GCOL\x01\0\0\0',2**24
+    with open(path, 'rb') as f:
+        for base in range(0, path.stat().st_size, step):
+            f.seek(base)
+            part = f.read(step+len(mark)-1)
+            at = part.find(mark)
+            while at>=0:
+                f.seek(base+at+8)
+                yield f.read(max(min(int.from_bytes(f.read(8), 'little'), step)-16, 0))
+                at = part.find(mark, at+1)
+
+# %% ../nbs/00_data.ipynb #79c81675
+def _adds_up(heap):
+    "Do the pieces of a heap follow one another to its end?"
+    i = 0
+    while i+16<=len(heap):
+        number,size = (int.from_bytes(heap[i+a:i+b], 'little') for a,b in ((0,2), (8,16)))
+        step = 16+(size+7)//8*8 if number else size
+        if not 0<step<=len(heap)-i: return False
+        i += step
+    return True
+
+# %% ../nbs/00_data.ipynb #baa80813
+_read_all_text = """
+import h5py,sys
+def look(name, o):
+    dict(o.attrs)
+    if isinstance(o, h5py.Dataset) and o.dtype.kind=='O': o[...]
+with h5py.File(sys.argv[1]) as f:
+    f.visititems(look)
+    look('', f)
+"""
+def _check_heaps(path):
+    "Refuse an HDF5 file with a heap of text that the library would never come to the end of"
+    if all(map(_adds_up, _heaps(path))): return
+    try: end = subprocess.run([sys.executable,'-c',_read_all_text,path], timeout=20, capture_output=True).returncode
+    except subprocess.TimeoutExpired: end = -1
+    if end<0: raise ValueError("text in it is damaged, so that the HDF5 library fails; get the file anew")
+
+# %% ../nbs/00_data.ipynb #a80fc48a
 def _frame(g, n_bytes):
     "The table `obs` or `var` at the group `g` of a store of `n_bytes`"
     from anndata.io import read_elem
@@ -319,13 +361,14 @@ def _read_h5ad(path):
     root,n_bytes = h5py.File(path),path.stat().st_size
     try:
         _check_inside(root)
+        _check_heaps(path)
         if 'obs' not in root or 'encoding-type' in root['obs'].attrs: return _open_store(root, n_bytes)
         _weigh('it', sum(map(_size, _arrays(root, 9))), n_bytes)
         root.close()
         return read_h5ad(path)
     except BaseException: root.close(); raise
 
-# %% ../nbs/00_data.ipynb #c9150892
+# %% ../nbs/00_data.ipynb #fb177d14
 def _close(adata):
     "Close the HDF5 files that matrices of `adata` are read from"
     for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
@@ -338,7 +381,7 @@ def _read_zarr(path):
     except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
     return _open_store(zarr.open(path, mode='r'), _check_folder(path))
 
-# %% ../nbs/00_data.ipynb #c7256c1c
+# %% ../nbs/00_data.ipynb #0cc3d47e
 def _check_folder(path):
     "Bytes of the plain files in a folder; refuses links, pipes and the like, and folders nested too deep"
     n_bytes = 0
@@ -350,16 +393,16 @@ def _check_folder(path):
             n_bytes += s.st_size
     return n_bytes
 
-# %% ../nbs/00_data.ipynb #1e07158d
+# %% ../nbs/00_data.ipynb #0b9ef4f8
 def _unpacked(path):
-    "The file `path`, gzipped or not, opened to read its bytes"
+    "The plain file `path`, gzipped or not, opened to read its bytes"
+    if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
     with open(path, 'rb') as f: packed = f.read(2)==b'\x1f\x8b'
     return gzip.open(path) if packed else open(path, 'rb')
 
-# %% ../nbs/00_data.ipynb #005a01d3
+# %% ../nbs/00_data.ipynb #3b8ef773
 def _length(path):
-    "Bytes of text in a plain or gzipped file; refuses what is no plain file, unpacks to far too much or has no lines"
-    if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
+    "Bytes of text in a file, gzipped or not; refuses what unpacks to far too much or has no lines"
     n,line = 0,0
     with _unpacked(path) as f:
         while part := f.read(2**20):
@@ -369,7 +412,7 @@ def _length(path):
             _weigh('one line', line, 0)
     return n
 
-# %% ../nbs/00_data.ipynb #123dcd4f
+# %% ../nbs/00_data.ipynb #abbe95ac
 def _mtx_header(path):
     "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
     with _unpacked(path) as f: line = next((l for l in iter(lambda: f.readline(2**16), b'') if l.strip() and l[:1]!=b'%'), b'')
@@ -381,7 +424,7 @@ def _mtx_header(path):
         raise ValueError(f"its header declares {n[0]:,} × {n[1]:,} places and {values:,} values in {n_bytes:,} bytes of text")
     return n
 
-# %% ../nbs/00_data.ipynb #4a0c359f
+# %% ../nbs/00_data.ipynb #d3ae3b34
 def _read_matrix(path):
     "The matrix of a Matrix Market file turned round: cells by genes, CSR"
     from scipy.io import mmread
@@ -394,7 +437,7 @@ def _read_matrix(path):
         raise ValueError(f"{bad.size:,} negative values, the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}; pass the raw counts")
     return M.T.tocsr()
 
-# %% ../nbs/00_data.ipynb #98100070
+# %% ../nbs/00_data.ipynb #a5354c59
 def _matrix_file(path):
     "The Matrix Market file that `path` is, or that lies in the folder `path`"
     if not path.is_dir(): return path
@@ -405,7 +448,7 @@ def _matrix_file(path):
         raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{'; give one of these files' if found else ''}")
     return found[0]
 
-# %% ../nbs/00_data.ipynb #cb0ee2b3
+# %% ../nbs/00_data.ipynb #ac6f0d5b
 def _list_beside(path, *names):
     "The rows of the list called one of `names` that belongs to the matrix file `path`, each a list of fields; None without one"
     prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
@@ -433,7 +476,7 @@ def _read_mtx(path):
 
 def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
 
-# %% ../nbs/00_data.ipynb #94971693
+# %% ../nbs/00_data.ipynb #7ee14e21
 def _features(rows):
     "The table of genes from a list with the columns id, name, type; or id, name; or one column of names"
     n = min(map(len, rows))
@@ -443,13 +486,13 @@ def _features(rows):
         if n>max(i, 1): var[k] = [r[i] for r in rows]
     return var
 
-# %% ../nbs/00_data.ipynb #dbed191a
+# %% ../nbs/00_data.ipynb #871c451b
 def _unique(names):
     "Names of genes, later ones of the same name with a suffix"
     from anndata.utils import make_index_unique
     return make_index_unique(pd.Index(list(names), dtype=str))
 
-# %% ../nbs/00_data.ipynb #865bc42c
+# %% ../nbs/00_data.ipynb #ae744fe5
 def _genes_only(a):
     "`a` without what was counted beside genes"
     types = a.var.get('feature_types', pd.Series(dtype=str)).astype(str)
@@ -461,6 +504,7 @@ def _read_10x_h5(path):
     import h5py
     with h5py.File(path) as f:
         _check_inside(f)
+        _check_heaps(path)
         g = f[_group_10x(f)]
         _check_stored(g)
         m,n = map(int, g['shape'][:2])
@@ -472,7 +516,7 @@ def _read_10x_h5(path):
         var.index = _unique(text('features/name' if 'features' in g else 'gene_names'))
         return _genes_only(AnnData(X, obs=pd.DataFrame(index=text('barcodes')), var=var))
 
-# %% ../nbs/00_data.ipynb #d9fbe6d3
+# %% ../nbs/00_data.ipynb #660007d5
 def _group_10x(f):
     "The name of the group that holds the matrix of a 10x file"
     if 'matrix' in f: return 'matrix'
@@ -488,12 +532,13 @@ def _read_loom(path):
     import h5py
     with h5py.File(path) as f:
         _check_inside(f)
+        _check_heaps(path)
         obs,var = _loom_table(f, 'col_attrs', ('CellID','obs_names')),_loom_table(f, 'row_attrs', ('Gene','var_names'))
         var.index = _unique(var.index)
         layers = {k: _turned(f['layers'][k]) for k in (f['layers'] if 'layers' in f else ())}
         return AnnData(_turned(f['matrix']), obs=obs, var=var, layers=layers)
 
-# %% ../nbs/00_data.ipynb #180ec7ca
+# %% ../nbs/00_data.ipynb #f4134e15
 def _loom_table(f, where, names):
     "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
     g = f[where]
@@ -504,7 +549,7 @@ def _loom_table(f, where, names):
     df = pd.DataFrame(cols)
     return df.set_index(df.pop(name).astype(str).rename(None))
 
-# %% ../nbs/00_data.ipynb #89ada872
+# %% ../nbs/00_data.ipynb #20155649
 def _turned(d):
     "A matrix on disk of genes by cells as CSR, cells by genes"
     _check_stored(d, dense=True)
@@ -523,7 +568,7 @@ def _check_way_round(cells, genes, advice):
     if len(found)>len(genes)/2 and not cells.str.fullmatch(_barcodes).any():
         raise ValueError(f"columns seem to be cells, such as {found[0]!r}; cells belong in rows: {advice}")
 
-# %% ../nbs/00_data.ipynb #15f2007f
+# %% ../nbs/00_data.ipynb #ef80773c
 def _read_table(path):
     "The cells of a csv or tsv file, gzipped or not"
     sep = '\t' if '.tsv' in path.name.lower() else ','
@@ -542,7 +587,7 @@ def _read_table(path):
     if len(found)>2: raise ValueError(f"rows seem to be genes, such as {found[0]!r}; cells belong in rows: {turn}")
     return AnnData(sparse.vstack([X for _,X,_ in parts], format='csr'), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
 
-# %% ../nbs/00_data.ipynb #68821e0b
+# %% ../nbs/00_data.ipynb #37e31033
 def _table_part(df, head):
     "Names of cells, values as CSR and names of genes, of some rows of a table with the header `head`"
     genes = head if df.shape[1]==len(head)+1 else head[1:] # as R writes tables, without a name for the names
@@ -585,7 +630,7 @@ def read_counts(
     adata = _open(data)
     with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
-# %% ../nbs/00_data.ipynb #fe4a66fc
+# %% ../nbs/00_data.ipynb #d9951006
 @contextlib.contextmanager
 def _closing(adata, path, always=True):
     "Close the files of `adata` after an error, which gets the path in front, or always"
@@ -597,7 +642,7 @@ def _closing(adata, path, always=True):
     finally:
         if always: _close(adata)
 
-# %% ../nbs/00_data.ipynb #c7d1b492
+# %% ../nbs/00_data.ipynb #1e551c4c
 def _counts(adata, layer, round_counts, drop_empty):
     "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
@@ -632,7 +677,7 @@ def _checked_names(adata, library, totals, top, drop_empty=False):
     _warn_odd(library, totals, top)
     return library>0
 
-# %% ../nbs/00_data.ipynb #c2ae37e8
+# %% ../nbs/00_data.ipynb #5e12318d
 def _warn_odd(library, totals, top):
     "Warn of values that are whole but hardly counts; `library` by cell, `totals` by gene, `top` the largest value"
     said = []
@@ -734,7 +779,7 @@ def read_labels(
     _warn_small(labels, key, few)
     return labels
 
-# %% ../nbs/00_data.ipynb #07d31e95
+# %% ../nbs/00_data.ipynb #1be0bda3
 def _check_column(col, key):
     "Refuse a column that cannot serve as labels"
     if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")

@@ -34,7 +34,7 @@ def toy_cells(
     var = pd.DataFrame(index=[f'gene{j}' for j in range(n_genes)])
     return AnnData(sparse.csr_matrix(X, dtype=np.float32), obs=obs, var=var, varm={'profile':profile})
 
-# %% ../nbs/00_data.ipynb #61339ef8
+# %% ../nbs/00_data.ipynb #73328923
 def _check_pointers(indptr, n_values, shape):
     "Refuse the pointers of a sparse matrix that do not fit `shape`, (rows, columns), and the number of stored values"
     p = np.asarray(indptr)
@@ -45,11 +45,12 @@ def _check_pointers(indptr, n_values, shape):
     most = int((p[1:]-p[:-1]).max(initial=0))
     if most>2*max(shape[1], 64): raise ValueError(f"one row of {shape[1]:,} places holds {most:,} values")
 
-# %% ../nbs/00_data.ipynb #41a00f51
+# %% ../nbs/00_data.ipynb #80a18f2c
 def _compressed(kind, data, indices, indptr, shape):
     "A sparse matrix of the class `kind`, made only if its pointers and indices stay inside it"
     n,m = shape[::-1] if kind is sparse.csc_matrix else shape
-    if len(data)!=len(indices): raise ValueError(f"a sparse matrix has {len(data):,} values but {len(indices):,} indices")
+    if len(data)!=len(indices):
+        raise ValueError(f"a sparse matrix has {len(data):,} values but {len(indices):,} indices")
     _check_pointers(indptr, len(data), (n,m))
     if indices.dtype.kind not in 'iu': raise ValueError(f"the indices of a sparse matrix are of type {indices.dtype}")
     if len(indices) and not 0<=indices.min()<=indices.max()<m:
@@ -58,7 +59,7 @@ def _compressed(kind, data, indices, indptr, shape):
 
 def _native(v): return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
 
-# %% ../nbs/00_data.ipynb #4539f34b
+# %% ../nbs/00_data.ipynb #00dd93cb
 def _take(X, part, name=None):
     "A part of the matrix `X`, or of the array `name` of a sparse matrix on disk; `OSError` if it cannot be read"
     o = getattr(X, 'group', X)
@@ -72,28 +73,14 @@ def _unread(o, e):
 
 _closed = "the file that holds the cells was closed; open it again, and keep it open while cells are read from it"
 
-# %% ../nbs/00_data.ipynb #af315f44
-def _rows(X, start, stop):
-    "Rows of any matrix as CSR, its structure checked before it is used"
-    if hasattr(X, 'group'):
-        p = _take(X, slice(start, stop+1), 'indptr').astype(np.int64)
-        part = slice(int(p[0]), int(p[-1]))
-        arrays = _take(X, part, 'data'),_take(X, part, 'indices'),p-p[0]
-        B = _compressed(sparse.csr_matrix, *arrays, (len(p)-1,_shape(X)[1]))
-    elif isinstance(X, np.ndarray) or hasattr(X, 'attrs'): B = sparse.csr_matrix(_native(_take(X, slice(start, stop))))
-    else: B = _in_memory(X[start:stop])
-    if not B.has_canonical_format and not (B.data<0).any():
-        B = B.astype(np.float64)
-        B.sum_duplicates()
-    return B
-
-# %% ../nbs/00_data.ipynb #ff82bb09
+# %% ../nbs/00_data.ipynb #3a4e5b2a
 def _shape(X):
     "The shape of a matrix, (rows, columns)"
-    if hasattr(type(o := getattr(X, 'group', X)), 'file') and not o: raise OSError(_closed)
+    o = getattr(X, 'group', X)
+    if hasattr(type(o), 'file') and not o: raise OSError(_closed)
     return tuple(map(int, X.shape))
 
-# %% ../nbs/00_data.ipynb #08a6877e
+# %% ../nbs/00_data.ipynb #57742474
 def _in_memory(X):
     "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
     if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
@@ -104,9 +91,25 @@ def _in_memory(X):
     else: arrays = (_take(X, slice(None), a) for a in ('data','indices','indptr'))
     return _compressed(kind, *arrays, _shape(X)).tocsr()
 
+# %% ../nbs/00_data.ipynb #af315f44
+def _rows(X, start, stop):
+    "Rows of any matrix as CSR, its structure checked before it is used"
+    if hasattr(X, 'group'):
+        p = _take(X, slice(start, stop+1), 'indptr').astype(np.int64)
+        part = slice(int(p[0]), int(p[-1]))
+        arrays = _take(X, part, 'data'),_take(X, part, 'indices'),p-p[0]
+        B = _compressed(sparse.csr_matrix, *arrays, (len(p)-1,_shape(X)[1]))
+    elif isinstance(X, np.ndarray) or hasattr(X, 'attrs'):
+        B = sparse.csr_matrix(_native(_take(X, slice(start, stop))))
+    else: B = _in_memory(X[start:stop])
+    if not B.has_canonical_format and not (B.data<0).any():
+        B = B.astype(np.float64)
+        B.sum_duplicates()
+    return B
+
 # %% ../nbs/00_data.ipynb #e61d855c
 def _blocks(X, n_values=2**24):
-    "Yield the first row and the CSR block of consecutive parts of `X`, each of at most `n_values` values if it were dense"
+    "Yield first row and CSR block of consecutive parts of `X`, each of at most `n_values` values if it were dense"
     n,m = _shape(X)
     if sparse.issparse(X) or getattr(X, 'format', '')=='csc': X = _in_memory(X)
     elif hasattr(X, 'group'): _check_pointers(_take(X, slice(None), 'indptr'), X.group['indices'].size, (n,m))
@@ -120,18 +123,19 @@ _rules = {
     'far too large': lambda v: v>2.**53,
     'fractional': lambda v: v!=np.floor(v)}
 
-# %% ../nbs/00_data.ipynb #3de11c1f
+# %% ../nbs/00_data.ipynb #793e03fd
 def _looks(top, off, totals):
-    "What values seem to be of which the largest is `top`, `off` the largest distance from a whole number, `totals` sums of cells"
+    "What values seem to be: `top` is the largest, `off` the largest distance from a whole number, `totals` sums of cells"
     if off<0.01: return 'nearly whole'
     if top<15: return 'looks log-normalised'
     return 'looks scaled to one total' if len(totals)>2 and np.ptp(totals)<1e-3*np.max(totals) else ''
 
 # %% ../nbs/00_data.ipynb #6a302106
 def _fault(blocks):
-    "The gravest broken rule, how many values break it, row, column and value of the first, what they look like; None if all are counts"
+    "The gravest broken rule, how many values break it, row, column and value of the first, what they look like; or None"
     n,first = dict.fromkeys(_rules, 0),{}
-    top,off,totals = 0.,0.,[]
+    top = off = 0.
+    totals = []
     for start,B in blocks:
         top = max(top, B.data.max(initial=0))
         for what,breaks in _rules.items():
@@ -151,36 +155,37 @@ def _place(start, B, k):
 def _matrix(adata, layer=None):
     "The matrix of `adata` named by `layer`, of a type and shape that can be read"
     if not isinstance(adata, AnnData):
-        got = type(adata).__name__
-        raise TypeError(f"expected an AnnData or the path of a file, got {got}; wrap a matrix with anndata.AnnData(matrix)")
+        wrap = "wrap a matrix with anndata.AnnData(matrix)"
+        raise TypeError(f"expected an AnnData or the path of a file, got {type(adata).__name__}; {wrap}")
     layers = [k for k in adata.layers if k is not None]
     if layer is not None and layer not in layers: raise KeyError(f"no layer {layer!r}; the layers are {layers}")
-    if 0 in adata.shape: raise ValueError(f"the data has {adata.n_obs} cells and {adata.n_vars} genes; nothing to learn from")
+    n,m = adata.shape
+    if not n or not m: raise ValueError(f"the data has {n} cells and {m} genes; nothing to learn from")
     X = adata.X if layer is None else adata.layers[layer]
-    if X is None: raise ValueError(f"the data has no X{f'; pass layer=, one of {layers}' if layers else ' and no layers, so no counts'}")
+    if X is None and layers: raise ValueError(f"the data has no X; pass layer=, one of {layers}")
+    if X is None: raise ValueError("the data has no X and no layers, so no counts")
     _check_matrix(X, layer)
     return X
 
-# %% ../nbs/00_data.ipynb #c46af50e
 def _named(layer): return 'X' if layer is None else f'layer {layer!r}'
 
 def _check_matrix(X, layer):
-    "Refuse what is no matrix of numbers in memory or in a file of a known kind"
-    kind = f'{type(X).__module__}.{type(X).__name__}'
+    "Refuse what is no matrix of numbers, in memory or in a file of a known kind"
+    o,kind = getattr(X, 'group', X),f'{type(X).__module__}.{type(X).__name__}'
     if not isinstance(X, np.ndarray) and kind.split('.')[0] not in ('scipy','anndata','h5py','zarr'):
         raise TypeError(f"cannot read a {kind} matrix; call adata.to_memory() first")
     _shape(X)
     if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
-    if hasattr(getattr(X, 'group', X), 'attrs'): _check_stored(getattr(X, 'group', X), dense=not hasattr(X, 'group'))
+    if hasattr(o, 'attrs'): _check_stored(o, dense=o is X)
 
-# %% ../nbs/00_data.ipynb #09418bf5
+# %% ../nbs/00_data.ipynb #19ff6dcb
 def _weigh(what, n, n_bytes, times=100):
     "Refuse to unpack `n` bytes out of `n_bytes` if that is more than 64 MiB and more than `times` as much"
     most = max(2**26+times*n_bytes, int(float(os.getenv('SCLD_MAX_BYTES') or 0)))
-    if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,} stored ones, where at most {most:,} are likely; "
-        "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes")
+    how = "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes"
+    if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,}, where at most {most:,} are likely; {how}")
 
-# %% ../nbs/00_data.ipynb #64ac9ea4
+# %% ../nbs/00_data.ipynb #dff243ed
 def _arrays(o, depth=5):
     "Yield the arrays at or below `o`, an array or group of an HDF5 file or zarr store"
     if not hasattr(o, 'keys'): yield o
@@ -188,13 +193,12 @@ def _arrays(o, depth=5):
     else:
         for k in o: yield from _arrays(o[k], depth-1)
 
-# %% ../nbs/00_data.ipynb #3eb82f37
 def _size(a):
     "Bytes of an array on disk, or of a part of it, once unpacked"
     parts = (getattr(a, k, None) or () for k in ('shape','chunks','shards'))
     return max(map(math.prod, parts))*a.dtype.itemsize
 
-# %% ../nbs/00_data.ipynb #5cfe01c8
+# %% ../nbs/00_data.ipynb #143357f3
 def _lost(a):
     "How many parts of an array on disk are not there"
     if hasattr(a, 'nchunks'): return a.nchunks-a.nchunks_initialized
@@ -202,15 +206,16 @@ def _lost(a):
     if not a.chunks: return int(a.id.get_storage_size()==0)
     return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
 
-# %% ../nbs/00_data.ipynb #3261b3f4
+# %% ../nbs/00_data.ipynb #cb007560
 def _check_stored(o, dense=False):
-    "Refuse a matrix on disk, an array or a group of arrays, that unpacks to far too much or of which parts are missing"
+    "Refuse a matrix on disk, an array or a group of them, that unpacks to far too much or of which parts are missing"
     arrays = list(_arrays(o))
     n_bytes = o.file.id.get_filesize() if hasattr(o, 'file') else sum(map(_stored_bytes, arrays))
     _weigh(repr(o.name.strip('/')), sum(map(_size, arrays)), n_bytes, 500 if dense else 100)
-    for a in arrays:
-        if lost := _lost(a): raise ValueError(f"{lost:,} parts of {a.name.strip('/')!r} are missing: lost, or never written, or left out "
-            "as all their values are 0, as zarr does; if so, write the cells anew: anndata.read_zarr(FILE).write_h5ad(NEW)")
+    n,name = next(((_lost(a),a.name.strip('/')) for a in arrays if _lost(a)), (0,''))
+    why = "lost, or never written, or left out as all their values are 0, as zarr does"
+    how = "write the cells anew: anndata.read_zarr(FILE).write_h5ad(NEW)"
+    if n: raise ValueError(f"{n:,} parts of {name!r} are missing: {why}; in that last case {how}")
 
 def _stored_bytes(a):
     "Bytes on disk of an array of a zarr store"
@@ -237,27 +242,29 @@ def _holds_counts(matrix):
     except (TypeError,ValueError,OSError): return False
     return top>1
 
-# %% ../nbs/00_data.ipynb #45193476
-def _refuse(adata, layer, fault):
-    "Raise `ValueError` that explains `fault`; nothing happens when there is none"
-    if fault is None: return
-    what,n,i,j,v,looks = fault
-    looks = looks if what=='fractional' else ''
-    others = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
-    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(lambda: _matrix(adata, k))]
-    if adata.raw is not None and _holds_counts(lambda: _matrix(*_raw(adata, 'raw'))): good.append("layer='raw'")
-    where = f"the first {_digits(v)} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}"
-    said = f"{_named(layer)} is not counts{f' ({looks})' if looks else ''}: {n:,} {what} value{'s'[:n>1]}, {where}"
-    raise ValueError(f"{said}; {'counts are in '+', '.join(good) if good else _advice(what, looks)}")
-
+# %% ../nbs/00_data.ipynb #7b0d725f
 def _digits(v):
     "A number with as many digits as it takes to see that it is not whole"
     return f'{v:.9g}' if v==np.floor(v) or f'{v:.9g}'!=f'{v:.0f}' else f'{v:.17g}'
 
 def _advice(what, looks):
     "What to do about values that break a rule, when no other matrix holds counts"
-    if what!='fractional' or looks[:5]=='looks': return 'pass the counts as they were before anything was done to them'
-    return 'if they are counts corrected for ambient RNA, or rebuilt, round them: read_counts(…, round_counts=True)'
+    round_them = "if they are counts corrected for ambient RNA, or rebuilt, round them: read_counts(…, round_counts=True)"
+    if what=='fractional' and not looks.startswith('looks'): return round_them
+    return 'pass the counts as they were before anything was done to them'
+
+# %% ../nbs/00_data.ipynb #45193476
+def _refuse(adata, layer, fault):
+    "Raise `ValueError` that explains `fault`; nothing happens when there is none"
+    if fault is None: return
+    what,n,i,j,v,looks = fault
+    looks = looks if what=='fractional' else ''
+    rest = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
+    good = [f'layer={k!r}' if k else 'X (layer=None)' for k in rest if _holds_counts(lambda: _matrix(adata, k))]
+    if adata.raw is not None and _holds_counts(lambda: _matrix(*_raw(adata, 'raw'))): good.append("layer='raw'")
+    where = f"the first {_digits(v)} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}"
+    said = f"{_named(layer)} is not counts{f' ({looks})' if looks else ''}: {n:,} {what} value{'s'[:n>1]}, {where}"
+    raise ValueError(f"{said}; {'counts are in '+', '.join(good) if good else _advice(what, looks)}")
 
 # %% ../nbs/00_data.ipynb #bcc3da80
 def check_counts(
@@ -278,15 +285,16 @@ def _check_inside(f):
         if depth>32: raise ValueError(f"groups are nested more than 32 deep, such as {g.name[:40]!r}")
         for k in g:
             kind = g.get(k, getlink=True)
-            if isinstance(kind, h5py.ExternalLink): raise ValueError(f"{k!r} points into another file, {kind.filename!r}")
             if isinstance(kind, h5py.SoftLink): continue
+            if isinstance(kind, h5py.ExternalLink): raise ValueError(f"{k!r} points into another file, {kind.filename!r}")
             o = g[k]
             at = h5py.h5o.get_info(o.id).addr
-            if at not in seen and isinstance(o, h5py.Group): todo.append((o,depth+1))
-            if isinstance(o, h5py.Dataset) and (o.is_virtual or o.external): raise ValueError(f"the values of {k!r} are in other files")
+            if isinstance(o, h5py.Group) and at not in seen: todo.append((o,depth+1))
+            elsewhere = isinstance(o, h5py.Dataset) and (o.is_virtual or o.external)
+            if elsewhere: raise ValueError(f"the values of {k!r} are in other files")
             seen.add(at)
 
-# %% ../nbs/00_data.ipynb #27db9343
+# %% ../nbs/00_data.ipynb #fe144c84
 def _heaps(path):
     "Yield what is in each heap of text of an HDF5 file, as bytes"
     mark,step = b'GCOL\x01\0\0\0',2**24
@@ -300,7 +308,6 @@ def _heaps(path):
                 yield f.read(max(min(int.from_bytes(f.read(8), 'little'), step)-16, 0))
                 at = part.find(mark, at+1)
 
-# %% ../nbs/00_data.ipynb #79c81675
 def _adds_up(heap):
     "Do the pieces of a heap follow one another to its end?"
     i = 0
@@ -311,7 +318,7 @@ def _adds_up(heap):
         i += step
     return True
 
-# %% ../nbs/00_data.ipynb #baa80813
+# %% ../nbs/00_data.ipynb #4863ea82
 _read_all_text = """
 import h5py,sys
 def look(name, o):
@@ -321,6 +328,7 @@ with h5py.File(sys.argv[1]) as f:
     f.visititems(look)
     look('', f)
 """
+
 def _check_heaps(path):
     "Refuse an HDF5 file with a heap of text that the library would never come to the end of"
     if all(map(_adds_up, _heaps(path))): return
@@ -328,17 +336,17 @@ def _check_heaps(path):
     except subprocess.TimeoutExpired: end = -1
     if end<0: raise ValueError("text in it is damaged, so that the HDF5 library fails; get the file anew")
 
-# %% ../nbs/00_data.ipynb #a80fc48a
+# %% ../nbs/00_data.ipynb #c8b88a95
 def _frame(g, n_bytes):
     "The table `obs` or `var` at the group `g` of a store of `n_bytes`"
     from anndata.io import read_elem
-    arrays = list(_arrays(g))
-    _weigh(repr(g.name.strip('/')), sum(map(_size, arrays)), n_bytes)
-    names = [a for a in arrays if hasattr(a, 'file') or a.name.split('/')[-1]==g.attrs.get('_index')]
-    for a in names:
-        if _lost(a): raise ValueError(f"a part of {a.name.strip('/')!r} was lost or never written")
+    arrays,name = list(_arrays(g)),g.name.strip('/')
+    _weigh(repr(name), sum(map(_size, arrays)), n_bytes)
+    for a in arrays: # zarr leaves out what is 0 throughout, which numbers of categories may be, but not names
+        needed = hasattr(a, 'file') or a.name.split('/')[-1]==g.attrs.get('_index')
+        if needed and _lost(a): raise ValueError(f"a part of {a.name.strip('/')!r} was lost or never written")
     df = read_elem(g)
-    if not isinstance(df, pd.DataFrame): raise ValueError(f"{g.name.strip('/')!r} is not a table")
+    if not isinstance(df, pd.DataFrame): raise ValueError(f"{name!r} is not a table")
     return df.rename(columns={'_index':'index' if 'index' not in df else '_index_'})
 
 # %% ../nbs/00_data.ipynb #b4edbf40
@@ -366,22 +374,18 @@ def _read_h5ad(path):
         _weigh('it', sum(map(_size, _arrays(root, 9))), n_bytes)
         root.close()
         return read_h5ad(path)
-    except BaseException: root.close(); raise
+    except BaseException:
+        root.close()
+        raise
 
-# %% ../nbs/00_data.ipynb #fb177d14
+# %% ../nbs/00_data.ipynb #20bf2843
 def _close(adata):
     "Close the HDF5 files that matrices of `adata` are read from"
     for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
         o = getattr(m, 'group', m)
         if hasattr(type(o), 'file') and o: o.file.close()
 
-# %% ../nbs/00_data.ipynb #d9c67159
-def _read_zarr(path):
-    try: import zarr
-    except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
-    return _open_store(zarr.open(path, mode='r'), _check_folder(path))
-
-# %% ../nbs/00_data.ipynb #0cc3d47e
+# %% ../nbs/00_data.ipynb #7edded8f
 def _check_folder(path):
     "Bytes of the plain files in a folder; refuses links, pipes and the like, and folders nested too deep"
     n_bytes = 0
@@ -389,18 +393,24 @@ def _check_folder(path):
         if len(Path(folder).relative_to(path).parts)>32: raise ValueError("folders are nested more than 32 deep")
         for name in files+folders:
             s = os.lstat(f'{folder}/{name}')
-            if not (stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode)): raise ValueError(f"{name!r} in it is a link or no plain file")
+            plain = stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode)
+            if not plain: raise ValueError(f"{name!r} in it is a link or no plain file")
             n_bytes += s.st_size
     return n_bytes
 
-# %% ../nbs/00_data.ipynb #0b9ef4f8
+# %% ../nbs/00_data.ipynb #d9c67159
+def _read_zarr(path):
+    try: import zarr
+    except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
+    return _open_store(zarr.open(path, mode='r'), _check_folder(path))
+
+# %% ../nbs/00_data.ipynb #94265293
 def _unpacked(path):
     "The plain file `path`, gzipped or not, opened to read its bytes"
     if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
     with open(path, 'rb') as f: packed = f.read(2)==b'\x1f\x8b'
     return gzip.open(path) if packed else open(path, 'rb')
 
-# %% ../nbs/00_data.ipynb #3b8ef773
 def _length(path):
     "Bytes of text in a file, gzipped or not; refuses what unpacks to far too much or has no lines"
     n,line = 0,0
@@ -412,71 +422,61 @@ def _length(path):
             _weigh('one line', line, 0)
     return n
 
-# %% ../nbs/00_data.ipynb #abbe95ac
+# %% ../nbs/00_data.ipynb #5135a6ee
 def _mtx_header(path):
     "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
-    with _unpacked(path) as f: line = next((l for l in iter(lambda: f.readline(2**16), b'') if l.strip() and l[:1]!=b'%'), b'')
-    n = [int(v) for v in line.split()]
-    n_bytes = _length(path)
+    with _unpacked(path) as f:
+        lines = iter(lambda: f.readline(2**16), b'')
+        line = next((l for l in lines if l.strip() and l[:1]!=b'%'), b'')
+    n,n_bytes = [int(v) for v in line.split()],_length(path)
     if len(n)<2 or min(n)<0: raise ValueError(f"its header {line[:60]!r} does not give rows, columns and values")
-    values = n[2] if len(n)>2 else n[0]*n[1]
-    if values>n[0]*n[1] or 2*values>n_bytes or max(n[:2])>10**6+n_bytes:
-        raise ValueError(f"its header declares {n[0]:,} × {n[1]:,} places and {values:,} values in {n_bytes:,} bytes of text")
-    return n
+    rows,columns = n[:2]
+    values = n[2] if len(n)>2 else rows*columns
+    if values>rows*columns or 2*values>n_bytes or max(rows, columns)>10**6+n_bytes:
+        raise ValueError(f"its header declares {values:,} values in {rows:,} rows and {columns:,} columns, in {n_bytes:,} bytes")
+    return rows,columns
 
-# %% ../nbs/00_data.ipynb #d3ae3b34
 def _read_matrix(path):
     "The matrix of a Matrix Market file turned round: cells by genes, CSR"
     from scipy.io import mmread
-    rows,columns = _mtx_header(path)[:2]
+    rows,columns = _mtx_header(path)
     with _unpacked(path) as f: M = sparse.coo_matrix(mmread(f))
-    at = M.row,M.col
-    if M.nnz and not all(0<=i.min()<=i.max()<n for i,n in zip(at, (rows,columns))): raise ValueError("an entry lies outside of the matrix")
-    if M.dtype.kind in 'if' and (bad := np.flatnonzero(M.data<0)).size:
+    for i,n in ((M.row,rows), (M.col,columns)):
+        if len(i) and not 0<=i.min()<=i.max()<n: raise ValueError("an entry lies outside of the matrix")
+    bad = np.flatnonzero(M.data<0) if M.dtype.kind in 'if' else []
+    if len(bad):
         k = bad[0]
-        raise ValueError(f"{bad.size:,} negative values, the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}; pass the raw counts")
+        first = f"the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}"
+        raise ValueError(f"{len(bad):,} negative values, {first}; {_advice('negative', '')}")
     return M.T.tocsr()
 
-# %% ../nbs/00_data.ipynb #a5354c59
+# %% ../nbs/00_data.ipynb #5d931096
 def _matrix_file(path):
     "The Matrix Market file that `path` is, or that lies in the folder `path`"
     if not path.is_dir(): return path
     every = [p for p in sorted(path.iterdir()) if p.name.endswith(('.mtx','.mtx.gz'))]
     found = [p for p in every if 'matrix.mtx' in p.name] or every
-    if len(found)!=1:
-        names = [p.name for p in found]
-        raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{'; give one of these files' if found else ''}")
+    names,how = [p.name for p in found],'; give one of these files' if found else ''
+    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{how}")
     return found[0]
 
-# %% ../nbs/00_data.ipynb #ac6f0d5b
 def _list_beside(path, *names):
-    "The rows of the list called one of `names` that belongs to the matrix file `path`, each a list of fields; None without one"
+    "Rows, as lists of fields, of the list called one of `names` that belongs to the matrix file `path`; None without one"
     prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
-    found = [p for n in names for z in ('','.gz') if (p := path.with_name(f'{prefix}{n}.tsv{z}')).exists()]
+    every = [path.with_name(f'{prefix}{n}.tsv{z}') for n in names for z in ('','.gz')]
+    found = sorted((p for p in every if p.exists()), key=lambda p: (p.suffix=='.gz')!=(path.suffix=='.gz'))
     if not found: return None
-    best = next((p for p in found if p.suffix==path.suffix), found[0]) if path.suffix=='.gz' else found[0]
-    _length(best)
-    with _unpacked(best) as f: rows = f.read().decode().rstrip('\r\n').split('\n')
+    _length(found[0])
+    with _unpacked(found[0]) as f: rows = f.read().decode().rstrip('\r\n').split('\n')
     return [r.rstrip('\r').split('\t') for r in rows]
 
-# %% ../nbs/00_data.ipynb #2f4b6a5c
-def _read_mtx(path):
-    "The cells of a 10x folder, or of one Matrix Market file with what lies beside it"
-    path = _matrix_file(path)
-    lists = cells,genes = _list_beside(path, 'barcodes'),_list_beside(path, 'features', 'genes')
-    if (cells is None)!=(genes is None):
-        raise FileNotFoundError(f"beside {path.name} there is no {'barcodes.tsv' if cells is None else 'features.tsv or genes.tsv'} (or .gz) of the same prefix")
-    X = _read_matrix(path)
-    for what,n,rows in zip(('cells','genes'), X.shape, lists):
-        if rows is not None and len(rows)!=n: raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
-    if cells is None:
-        warnings.warn(f"there are no lists of cells and genes beside {path.name}: rows are taken for genes, and names are numbers", stacklevel=5)
-        return AnnData(X, obs=_numbered(X.shape[0]), var=_numbered(X.shape[1]))
-    return _genes_only(AnnData(X, obs=pd.DataFrame(index=[r[0] for r in cells]), var=_features(genes)))
+# %% ../nbs/00_data.ipynb #143c1dd4
+def _unique(names):
+    "Names of genes, later ones of the same name with a suffix"
+    from anndata.utils import make_index_unique
+    return make_index_unique(pd.Index(list(names), dtype=str))
 
-def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
-
-# %% ../nbs/00_data.ipynb #7ee14e21
+# %% ../nbs/00_data.ipynb #48f92f48
 def _features(rows):
     "The table of genes from a list with the columns id, name, type; or id, name; or one column of names"
     n = min(map(len, rows))
@@ -486,18 +486,44 @@ def _features(rows):
         if n>max(i, 1): var[k] = [r[i] for r in rows]
     return var
 
-# %% ../nbs/00_data.ipynb #871c451b
-def _unique(names):
-    "Names of genes, later ones of the same name with a suffix"
-    from anndata.utils import make_index_unique
-    return make_index_unique(pd.Index(list(names), dtype=str))
-
-# %% ../nbs/00_data.ipynb #ae744fe5
+# %% ../nbs/00_data.ipynb #3f1d562c
 def _genes_only(a):
     "`a` without what was counted beside genes"
     types = a.var.get('feature_types', pd.Series(dtype=str)).astype(str)
     beside = types.str.contains('Capture$|^(?:Gene Expression|Custom|Peaks)$')
     return a[:,(types=='Gene Expression').to_numpy()].copy() if beside.any() else a
+
+# %% ../nbs/00_data.ipynb #2f4b6a5c
+def _read_mtx(path):
+    "The cells of a 10x folder, or of one Matrix Market file with what lies beside it"
+    path = _matrix_file(path)
+    cells,genes = _list_beside(path, 'barcodes'),_list_beside(path, 'features', 'genes')
+    if (cells is None)!=(genes is None):
+        lost = 'barcodes.tsv' if cells is None else 'features.tsv or genes.tsv'
+        raise FileNotFoundError(f"beside {path.name} there is no {lost} (or .gz) of the same prefix")
+    X = _read_matrix(path)
+    if cells is None:
+        warnings.warn(f"beside {path.name} there are no lists of cells and genes: rows are taken for genes, "
+            "and names are numbers", stacklevel=5)
+        return AnnData(X, obs=_numbered(X.shape[0]), var=_numbered(X.shape[1]))
+    for what,n,rows in zip(('cells','genes'), X.shape, (cells,genes)):
+        if len(rows)!=n: raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
+    return _genes_only(AnnData(X, obs=pd.DataFrame(index=[r[0] for r in cells]), var=_features(genes)))
+
+def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
+
+# %% ../nbs/00_data.ipynb #7448c414
+def _group_10x(f):
+    "The name of the group that holds the matrix of a 10x file"
+    if 'matrix' in f: return 'matrix'
+    found = [k for k in f if hasattr(f[k], 'keys') and 'indptr' in f[k] and 'barcodes' in f[k]]
+    if len(found)==1: return found[0]
+    why = "it is no file of 10x Genomics: it has no group 'matrix'"
+    if 'count' in f or 'barcode_idx' in f:
+        why = "it is a list of molecules, as in molecule_info.h5, and no matrix; give filtered_feature_bc_matrix.h5"
+    if 'obs' in f and 'var' in f: why = "it is an h5ad file; rename it so that its name ends in .h5ad"
+    if found: why = f"it holds {len(found)} genomes, {found}; choose one: scanpy.read_10x_h5(FILE, genome={found[0]!r})"
+    raise ValueError(why)
 
 # %% ../nbs/00_data.ipynb #22bf4186
 def _read_10x_h5(path):
@@ -509,25 +535,34 @@ def _read_10x_h5(path):
         _check_stored(g)
         m,n = map(int, g['shape'][:2])
         X = _compressed(sparse.csr_matrix, *(g[k][...] for k in ('data','indices','indptr')), (n,m))
-        def text(k): return g[k].asstr()[...] if k in g else None
-        names = dict(gene_ids=text('features/id'), feature_types=text('features/feature_type'), genome=text('features/genome'))
-        if 'features' not in g: names = dict(gene_ids=text('genes'))
-        var = pd.DataFrame({k: v for k,v in names.items() if v is not None})
-        var.index = _unique(text('features/name' if 'features' in g else 'gene_names'))
-        return _genes_only(AnnData(X, obs=pd.DataFrame(index=text('barcodes')), var=var))
+        return _genes_only(AnnData(X, obs=pd.DataFrame(index=g['barcodes'].asstr()[...]), var=_table_10x(g)))
 
-# %% ../nbs/00_data.ipynb #660007d5
-def _group_10x(f):
-    "The name of the group that holds the matrix of a 10x file"
-    if 'matrix' in f: return 'matrix'
-    found = [k for k in f if hasattr(f[k], 'keys') and 'indptr' in f[k] and 'barcodes' in f[k]]
-    if len(found)==1: return found[0]
-    if found: raise ValueError(f"it holds {len(found)} genomes, {found}; choose one: read_counts(scanpy.read_10x_h5(FILE, genome={found[0]!r}))")
-    if 'obs' in f and 'var' in f: raise ValueError("it is an h5ad file; rename it so that its name ends in .h5ad")
-    if 'count' in f or 'barcode_idx' in f: raise ValueError("it is a list of molecules, as in molecule_info.h5, and no matrix; give filtered_feature_bc_matrix.h5")
-    raise ValueError("it is no file of 10x Genomics: it has no group 'matrix'")
+def _table_10x(g):
+    "The table of genes of a group of a 10x file"
+    new = 'features' in g
+    columns = dict(gene_ids='features/id', feature_types='features/feature_type', genome='features/genome')
+    if not new: columns = dict(gene_ids='genes')
+    names = _unique(g['features/name' if new else 'gene_names'].asstr()[...])
+    return pd.DataFrame({c: g[k].asstr()[...] for c,k in columns.items() if k in g}, index=names)
 
-# %% ../nbs/00_data.ipynb #b5868ec2
+# %% ../nbs/00_data.ipynb #7c16e3c2
+def _loom_table(f, where, names):
+    "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
+    g = f[where]
+    _weigh(where, sum(map(_size, _arrays(g))), f.id.get_filesize())
+    cols = {k: (v.asstr() if v.dtype.kind in 'SO' else v)[...] for k,v in g.items() if len(v.shape)==1}
+    name = next((k for k in names if k in cols), None)
+    if name is None: raise ValueError(f"it has no names, {names[0]!r}, among its {where}, which are {list(cols)}")
+    df = pd.DataFrame(cols)
+    return df.set_index(df.pop(name).astype(str).rename(None))
+
+def _turned(d):
+    "A matrix on disk of genes by cells as CSR, cells by genes"
+    _check_stored(d, dense=True)
+    step = max(2**24//max(d.shape[0], 1), 1)
+    parts = [sparse.csr_matrix(_native(d[:,i:i+step].T)) for i in range(0, d.shape[1], step)]
+    return sparse.vstack(parts, format='csr') if parts else sparse.csr_matrix(d.shape[::-1])
+
 def _read_loom(path):
     import h5py
     with h5py.File(path) as f:
@@ -537,25 +572,6 @@ def _read_loom(path):
         var.index = _unique(var.index)
         layers = {k: _turned(f['layers'][k]) for k in (f['layers'] if 'layers' in f else ())}
         return AnnData(_turned(f['matrix']), obs=obs, var=var, layers=layers)
-
-# %% ../nbs/00_data.ipynb #f4134e15
-def _loom_table(f, where, names):
-    "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
-    g = f[where]
-    _weigh(where, sum(map(_size, _arrays(g))), f.id.get_filesize())
-    cols = {k: (v.asstr() if v.dtype.kind in 'SO' else v)[...] for k,v in g.items() if len(v.shape)==1}
-    name = next((k for k in names if k in cols), None)
-    if name is None: raise ValueError(f"it has no {where} {names[0]!r}, names of {'cells' if where=='col_attrs' else 'genes'}; it has {list(cols)}")
-    df = pd.DataFrame(cols)
-    return df.set_index(df.pop(name).astype(str).rename(None))
-
-# %% ../nbs/00_data.ipynb #20155649
-def _turned(d):
-    "A matrix on disk of genes by cells as CSR, cells by genes"
-    _check_stored(d, dense=True)
-    step = max(2**24//max(d.shape[0], 1), 1)
-    parts = [sparse.csr_matrix(_native(d[:,i:i+step].T)) for i in range(0, d.shape[1], step)]
-    return sparse.vstack(parts, format='csr') if parts else sparse.csr_matrix(d.shape[::-1])
 
 # %% ../nbs/00_data.ipynb #d9cf7265
 _symbols = r'ENS[A-Z]*G\d{6,}|(?i:MT)-\w|R[Pp][LSls]\d+' # Names that only genes have
@@ -568,26 +584,29 @@ def _check_way_round(cells, genes, advice):
     if len(found)>len(genes)/2 and not cells.str.fullmatch(_barcodes).any():
         raise ValueError(f"columns seem to be cells, such as {found[0]!r}; cells belong in rows: {advice}")
 
-# %% ../nbs/00_data.ipynb #ef80773c
+# %% ../nbs/00_data.ipynb #93967a4f
 def _read_table(path):
     "The cells of a csv or tsv file, gzipped or not"
     sep = '\t' if '.tsv' in path.name.lower() else ','
     _length(path)
     with io.TextIOWrapper(_unpacked(path), encoding='utf-8-sig', newline='') as f:
         head = next(csv.reader(f, delimiter=sep), [])
-        if len(head)<2: raise ValueError("there is one column only; are values separated by commas (or, in a .tsv, by tabs)?")
-        rows = max(2**22//len(head), 1)
-        parts = [_table_part(df, head) for df in pd.read_csv(f, sep=sep, header=None, converters={0:str}, chunksize=rows, low_memory=False)]
-    names,genes = np.concatenate([n for n,_,_ in parts]),parts[0][2]
-    if pd.Series(names).duplicated().any() and pd.to_numeric(pd.Series(names), errors='coerce').notna().all():
-        raise ValueError("the first column holds numbers that repeat, not names of cells")
-    turn = f'read_counts(scanpy.read_csv(FILE, delimiter={sep!r}).T)'
-    _check_way_round(names, genes, turn)
-    found = pd.Index(names)[pd.Index(names).str.match(_symbols)]
-    if len(found)>2: raise ValueError(f"rows seem to be genes, such as {found[0]!r}; cells belong in rows: {turn}")
-    return AnnData(sparse.vstack([X for _,X,_ in parts], format='csr'), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
+        if len(head)<2: raise ValueError("there is one column only; are values separated by commas (in a .tsv, by tabs)?")
+        how = dict(header=None, converters={0:str}, chunksize=max(2**22//len(head), 1), low_memory=False)
+        parts = [_table_part(df, head) for df in pd.read_csv(f, sep=sep, **how)]
+    names,genes = pd.Index(np.concatenate([n for n,_,_ in parts])),parts[0][2]
+    _check_rows(names, genes, f'read_counts(scanpy.read_csv(FILE, delimiter={sep!r}).T)')
+    X = sparse.vstack([X for _,X,_ in parts], format='csr')
+    return AnnData(X, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
 
-# %% ../nbs/00_data.ipynb #37e31033
+def _check_rows(names, genes, advice):
+    "Refuse the first column of a table if it does not name cells"
+    _check_way_round(names, genes, advice)
+    found = names[names.str.match(_symbols)]
+    if len(found)>2: raise ValueError(f"rows seem to be genes, such as {found[0]!r}; cells belong in rows: {advice}")
+    if not names.is_unique and pd.to_numeric(names.to_series(), errors='coerce').notna().all():
+        raise ValueError("the first column holds numbers that repeat, not names of cells")
+
 def _table_part(df, head):
     "Names of cells, values as CSR and names of genes, of some rows of a table with the header `head`"
     genes = head if df.shape[1]==len(head)+1 else head[1:] # as R writes tables, without a name for the names
@@ -598,14 +617,15 @@ def _table_part(df, head):
     return df[0].to_numpy(),sparse.csr_matrix(df.iloc[:,1:].to_numpy(np.float64)),genes
 
 # %% ../nbs/00_data.ipynb #f7e97f00
-_readers = {'.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':_read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5, '.loom':_read_loom, '.csv':_read_table, '.tsv':_read_table}
+_readers = {'.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':_read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5,
+    '.loom':_read_loom, '.csv':_read_table, '.tsv':_read_table}
 
-# %% ../nbs/00_data.ipynb #7d86941b
 def _kind(path):
     "The key of `_readers` for `path`"
     if path.is_dir(): return '.zarr' if any((path/f).exists() for f in ('.zgroup','zarr.json')) else '.mtx'
     kind = Path(path.name.lower().removesuffix('.gz')).suffix
-    if kind not in _readers: raise ValueError(f"{path} is of no known kind; expected a 10x folder or one of {', '.join(_readers)}")
+    known = ', '.join(_readers)
+    if kind not in _readers: raise ValueError(f"{path} is of no known kind; expected a 10x folder or one of {known}")
     if not path.is_file(): raise ValueError(f"{path} is neither a file nor a folder but a pipe, a device or the like")
     return kind
 
@@ -616,21 +636,22 @@ def _open(path):
     kind = _kind(path)
     try: return _readers[kind](path)
     except ImportError: raise
-    except Exception as e: raise OSError(f"{path} cannot be read as {kind}: {e}") from e
+    except Exception as e:
+        raise OSError(f"{path} cannot be read as {kind}: {e.args[0] if isinstance(e, KeyError) and e.args else e}") from e
 
 # %% ../nbs/00_data.ipynb #0ed324e9
 def read_counts(
-    data:AnnData|str|Path, # Cells by genes: an AnnData (backed or not), or a path: h5ad, zarr, 10x folder or h5, loom, csv, tsv
+    data:AnnData|str|Path, # Cells by genes: an AnnData, backed or not, or a path: h5ad, zarr, 10x folder or h5, loom, csv
     layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
     round_counts:bool=False, # Round values to whole numbers first?
     drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
-)->AnnData: # Counts in `X` (CSR float32, in memory), with copies of `obs` and `var` and the colours of categories in `uns`
+)->AnnData: # Counts in `X` (CSR float32, in memory), copies of `obs` and `var`, colours of categories in `uns`
     "Checked counts of `data`, which stays as it is; equation (2)"
     if not isinstance(data, (str,Path)): return _counts(data, layer, round_counts, drop_empty)
     adata = _open(data)
     with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
-# %% ../nbs/00_data.ipynb #d9951006
+# %% ../nbs/00_data.ipynb #829131f9
 @contextlib.contextmanager
 def _closing(adata, path, always=True):
     "Close the files of `adata` after an error, which gets the path in front, or always"
@@ -642,7 +663,7 @@ def _closing(adata, path, always=True):
     finally:
         if always: _close(adata)
 
-# %% ../nbs/00_data.ipynb #1e551c4c
+# %% ../nbs/00_data.ipynb #ab7c1a30
 def _counts(adata, layer, round_counts, drop_empty):
     "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
@@ -665,8 +686,8 @@ def _checked_names(adata, library, totals, top, drop_empty=False):
     empty,twice = np.flatnonzero(library==0),adata.var_names[adata.var_names.duplicated()]
     if len(empty)==len(library): raise ValueError(f"none of {len(library):,} cells has a count: all values are 0")
     if len(empty) and not drop_empty:
-        first = adata.obs_names[empty[0]]
-        raise ValueError(f"{len(empty):,} of {len(library):,} cells have no counts, the first {first!r}; leave them out with read_counts(…, drop_empty=True)")
+        first,how = adata.obs_names[empty[0]],"leave them out with read_counts(…, drop_empty=True)"
+        raise ValueError(f"{len(empty):,} of {len(library):,} cells have no counts, the first {first!r}; {how}")
     if len(twice):
         few = f"{len(twice):,} gene names occur twice, the first {str(twice[0])!r}"
         raise ValueError(f"{few}; give each gene a name of its own, in Python with adata.var_names_make_unique()")
@@ -677,18 +698,20 @@ def _checked_names(adata, library, totals, top, drop_empty=False):
     _warn_odd(library, totals, top)
     return library>0
 
-# %% ../nbs/00_data.ipynb #5e12318d
+# %% ../nbs/00_data.ipynb #49784fba
 def _warn_odd(library, totals, top):
     "Warn of values that are whole but hardly counts; `library` by cell, `totals` by gene, `top` the largest value"
-    said = []
-    if top>1e6: said.append(f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216")
     twos = (library**2).sum()*(totals**2).sum()/(2*library.sum()**2)
-    if top==1 and twos>20: said.append(f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: "
-        "this looks like what was detected, not like counts, and made cells will hold larger numbers; pass the counts")
     mean,sd = library.mean(),library.std()
-    if len(library)>=20 and mean>=10 and sd<mean**0.5/2: said.append(f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, "
-        "closer together than chance leaves counts: values seem scaled to one total and rounded; pass the counts as they were before")
-    for s in said: warnings.warn(s, stacklevel=5)
+    said = {
+        f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216": top>1e6,
+        f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: this looks like what was detected, "
+        "not like counts, and made cells will hold larger numbers; pass the counts": top==1 and twos>20,
+        f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, closer together than chance leaves counts: "
+        "values seem scaled to one total and rounded; pass the counts as they were before":
+            len(library)>=20 and mean>=10 and sd<mean**0.5/2}
+    for text,true in said.items():
+        if true: warnings.warn(text, stacklevel=5)
 
 # %% ../nbs/00_data.ipynb #97d9c580
 def pbmc68k_reduced()->AnnData: # 700 cells, 765 genes; counts in `X`, ten types in `obs["cell_type"]`
@@ -779,7 +802,7 @@ def read_labels(
     _warn_small(labels, key, few)
     return labels
 
-# %% ../nbs/00_data.ipynb #1be0bda3
+# %% ../nbs/00_data.ipynb #aaf96e27
 def _check_column(col, key):
     "Refuse a column that cannot serve as labels"
     if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")

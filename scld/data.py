@@ -7,7 +7,7 @@ __all__ = ['toy_cells', 'check_counts', 'read_counts', 'pbmc68k_reduced', 'find_
            'top_genes', 'read_labels', 'cluster', 'library_model', 'draw_library', 'split']
 
 # %% ../nbs/00_data.ipynb #516e2692
-import contextlib,csv,gzip,io,logging,math,os,random,re,stat,subprocess,sys,warnings
+import contextlib,csv,gzip,io,logging,math,os,random,re,stat,struct,subprocess,sys,warnings
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -34,7 +34,7 @@ def toy_cells(
     var = pd.DataFrame(index=[f'gene{j}' for j in range(n_genes)])
     return AnnData(sparse.csr_matrix(X, dtype=np.float32), obs=obs, var=var, varm={'profile':profile})
 
-# %% ../nbs/00_data.ipynb #73328923
+# %% ../nbs/00_data.ipynb #d4ebadaa
 def _check_pointers(indptr, n_values, shape):
     "Refuse the pointers of a sparse matrix that do not fit `shape`, (rows, columns), and the number of stored values"
     p = np.asarray(indptr)
@@ -45,7 +45,7 @@ def _check_pointers(indptr, n_values, shape):
     most = int((p[1:]-p[:-1]).max(initial=0))
     if most>2*max(shape[1], 64): raise ValueError(f"one row of {shape[1]:,} places holds {most:,} values")
 
-# %% ../nbs/00_data.ipynb #80a18f2c
+# %% ../nbs/00_data.ipynb #796ae8b4
 def _compressed(kind, data, indices, indptr, shape):
     "A sparse matrix of the class `kind`, made only if its pointers and indices stay inside it"
     n,m = shape[::-1] if kind is sparse.csc_matrix else shape
@@ -59,7 +59,7 @@ def _compressed(kind, data, indices, indptr, shape):
 
 def _native(v): return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
 
-# %% ../nbs/00_data.ipynb #00dd93cb
+# %% ../nbs/00_data.ipynb #8a54fa81
 def _take(X, part, name=None):
     "A part of the matrix `X`, or of the array `name` of a sparse matrix on disk; `OSError` if it cannot be read"
     o = getattr(X, 'group', X)
@@ -73,14 +73,14 @@ def _unread(o, e):
 
 _closed = "the file that holds the cells was closed; open it again, and keep it open while cells are read from it"
 
-# %% ../nbs/00_data.ipynb #3a4e5b2a
+# %% ../nbs/00_data.ipynb #bdc1d0df
 def _shape(X):
     "The shape of a matrix, (rows, columns)"
     o = getattr(X, 'group', X)
     if hasattr(type(o), 'file') and not o: raise OSError(_closed)
     return tuple(map(int, X.shape))
 
-# %% ../nbs/00_data.ipynb #57742474
+# %% ../nbs/00_data.ipynb #e8203f15
 def _in_memory(X):
     "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
     if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
@@ -123,7 +123,7 @@ _rules = {
     'far too large': lambda v: v>2.**53,
     'fractional': lambda v: v!=np.floor(v)}
 
-# %% ../nbs/00_data.ipynb #793e03fd
+# %% ../nbs/00_data.ipynb #eb770fd9
 def _looks(top, off, totals):
     "What values seem to be: `top` is the largest, `off` the largest distance from a whole number, `totals` sums of cells"
     if off<0.01: return 'nearly whole'
@@ -178,14 +178,14 @@ def _check_matrix(X, layer):
     if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
     if hasattr(o, 'attrs'): _check_stored(o, dense=o is X)
 
-# %% ../nbs/00_data.ipynb #19ff6dcb
+# %% ../nbs/00_data.ipynb #a1932bba
 def _weigh(what, n, n_bytes, times=100):
     "Refuse to unpack `n` bytes out of `n_bytes` if that is more than 64 MiB and more than `times` as much"
     most = max(2**26+times*n_bytes, int(float(os.getenv('SCLD_MAX_BYTES') or 0)))
     how = "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes"
     if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,}, where at most {most:,} are likely; {how}")
 
-# %% ../nbs/00_data.ipynb #dff243ed
+# %% ../nbs/00_data.ipynb #4e819d87
 def _arrays(o, depth=5):
     "Yield the arrays at or below `o`, an array or group of an HDF5 file or zarr store"
     if not hasattr(o, 'keys'): yield o
@@ -198,7 +198,7 @@ def _size(a):
     parts = (getattr(a, k, None) or () for k in ('shape','chunks','shards'))
     return max(map(math.prod, parts))*a.dtype.itemsize
 
-# %% ../nbs/00_data.ipynb #143357f3
+# %% ../nbs/00_data.ipynb #54167300
 def _lost(a):
     "How many parts of an array on disk are not there"
     if hasattr(a, 'nchunks'): return a.nchunks-a.nchunks_initialized
@@ -206,7 +206,7 @@ def _lost(a):
     if not a.chunks: return int(a.id.get_storage_size()==0)
     return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
 
-# %% ../nbs/00_data.ipynb #cb007560
+# %% ../nbs/00_data.ipynb #c7761f17
 def _check_stored(o, dense=False):
     "Refuse a matrix on disk, an array or a group of them, that unpacks to far too much or of which parts are missing"
     arrays = list(_arrays(o))
@@ -242,7 +242,7 @@ def _holds_counts(matrix):
     except (TypeError,ValueError,OSError): return False
     return top>1
 
-# %% ../nbs/00_data.ipynb #7b0d725f
+# %% ../nbs/00_data.ipynb #0c5b700f
 def _digits(v):
     "A number with as many digits as it takes to see that it is not whole"
     return f'{v:.9g}' if v==np.floor(v) or f'{v:.9g}'!=f'{v:.0f}' else f'{v:.17g}'
@@ -294,31 +294,32 @@ def _check_inside(f):
             if elsewhere: raise ValueError(f"the values of {k!r} are in other files")
             seen.add(at)
 
-# %% ../nbs/00_data.ipynb #fe144c84
+# %% ../nbs/00_data.ipynb #b6212888
 def _heaps(path):
     "Yield what is in each heap of text of an HDF5 file, as bytes"
-    mark,step = b'GCOL\x01\0\0\0',2**24
+    step = 2**24
     with open(path, 'rb') as f:
         for base in range(0, path.stat().st_size, step):
             f.seek(base)
-            part = f.read(step+len(mark)-1)
-            at = part.find(mark)
+            part = f.read(step+7)
+            at = part.find(b'GCOL')
             while at>=0:
                 f.seek(base+at+8)
-                yield f.read(max(min(int.from_bytes(f.read(8), 'little'), step)-16, 0))
-                at = part.find(mark, at+1)
+                size = int.from_bytes(f.read(8), 'little')
+                if part[at+4:at+8]==b'\x01\0\0\0': yield f.read(max(min(size, step)-16, 0))
+                at = part.find(b'GCOL', at+1)
 
 def _adds_up(heap):
     "Do the pieces of a heap follow one another to its end?"
-    i = 0
-    while i+16<=len(heap):
-        number,size = (int.from_bytes(heap[i+a:i+b], 'little') for a,b in ((0,2), (8,16)))
+    i,end = 0,len(heap)
+    while i+16<=end:
+        number,size = struct.unpack_from('<H6xQ', heap, i)
         step = 16+(size+7)//8*8 if number else size
-        if not 0<step<=len(heap)-i: return False
+        if not 0<step<=end-i: return False
         i += step
     return True
 
-# %% ../nbs/00_data.ipynb #4863ea82
+# %% ../nbs/00_data.ipynb #0ceacf59
 _read_all_text = """
 import h5py,sys
 def look(name, o):
@@ -336,7 +337,7 @@ def _check_heaps(path):
     except subprocess.TimeoutExpired: end = -1
     if end<0: raise ValueError("text in it is damaged, so that the HDF5 library fails; get the file anew")
 
-# %% ../nbs/00_data.ipynb #c8b88a95
+# %% ../nbs/00_data.ipynb #a8a8c7f6
 def _frame(g, n_bytes):
     "The table `obs` or `var` at the group `g` of a store of `n_bytes`"
     from anndata.io import read_elem
@@ -378,14 +379,14 @@ def _read_h5ad(path):
         root.close()
         raise
 
-# %% ../nbs/00_data.ipynb #20bf2843
+# %% ../nbs/00_data.ipynb #be16e092
 def _close(adata):
     "Close the HDF5 files that matrices of `adata` are read from"
     for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
         o = getattr(m, 'group', m)
         if hasattr(type(o), 'file') and o: o.file.close()
 
-# %% ../nbs/00_data.ipynb #7edded8f
+# %% ../nbs/00_data.ipynb #57381aed
 def _check_folder(path):
     "Bytes of the plain files in a folder; refuses links, pipes and the like, and folders nested too deep"
     n_bytes = 0
@@ -404,7 +405,7 @@ def _read_zarr(path):
     except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
     return _open_store(zarr.open(path, mode='r'), _check_folder(path))
 
-# %% ../nbs/00_data.ipynb #94265293
+# %% ../nbs/00_data.ipynb #672b3163
 def _unpacked(path):
     "The plain file `path`, gzipped or not, opened to read its bytes"
     if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
@@ -422,7 +423,7 @@ def _length(path):
             _weigh('one line', line, 0)
     return n
 
-# %% ../nbs/00_data.ipynb #5135a6ee
+# %% ../nbs/00_data.ipynb #564b6328
 def _mtx_header(path):
     "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
     with _unpacked(path) as f:
@@ -450,7 +451,7 @@ def _read_matrix(path):
         raise ValueError(f"{len(bad):,} negative values, {first}; {_advice('negative', '')}")
     return M.T.tocsr()
 
-# %% ../nbs/00_data.ipynb #5d931096
+# %% ../nbs/00_data.ipynb #bf6049e3
 def _matrix_file(path):
     "The Matrix Market file that `path` is, or that lies in the folder `path`"
     if not path.is_dir(): return path
@@ -470,13 +471,13 @@ def _list_beside(path, *names):
     with _unpacked(found[0]) as f: rows = f.read().decode().rstrip('\r\n').split('\n')
     return [r.rstrip('\r').split('\t') for r in rows]
 
-# %% ../nbs/00_data.ipynb #143c1dd4
+# %% ../nbs/00_data.ipynb #70bf2032
 def _unique(names):
     "Names of genes, later ones of the same name with a suffix"
     from anndata.utils import make_index_unique
     return make_index_unique(pd.Index(list(names), dtype=str))
 
-# %% ../nbs/00_data.ipynb #48f92f48
+# %% ../nbs/00_data.ipynb #44c0690a
 def _features(rows):
     "The table of genes from a list with the columns id, name, type; or id, name; or one column of names"
     n = min(map(len, rows))
@@ -486,7 +487,7 @@ def _features(rows):
         if n>max(i, 1): var[k] = [r[i] for r in rows]
     return var
 
-# %% ../nbs/00_data.ipynb #3f1d562c
+# %% ../nbs/00_data.ipynb #038fb570
 def _genes_only(a):
     "`a` without what was counted beside genes"
     types = a.var.get('feature_types', pd.Series(dtype=str)).astype(str)
@@ -512,7 +513,7 @@ def _read_mtx(path):
 
 def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
 
-# %% ../nbs/00_data.ipynb #7448c414
+# %% ../nbs/00_data.ipynb #68f03df2
 def _group_10x(f):
     "The name of the group that holds the matrix of a 10x file"
     if 'matrix' in f: return 'matrix'
@@ -545,7 +546,7 @@ def _table_10x(g):
     names = _unique(g['features/name' if new else 'gene_names'].asstr()[...])
     return pd.DataFrame({c: g[k].asstr()[...] for c,k in columns.items() if k in g}, index=names)
 
-# %% ../nbs/00_data.ipynb #7c16e3c2
+# %% ../nbs/00_data.ipynb #5e9245a3
 def _loom_table(f, where, names):
     "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
     g = f[where]
@@ -584,7 +585,7 @@ def _check_way_round(cells, genes, advice):
     if len(found)>len(genes)/2 and not cells.str.fullmatch(_barcodes).any():
         raise ValueError(f"columns seem to be cells, such as {found[0]!r}; cells belong in rows: {advice}")
 
-# %% ../nbs/00_data.ipynb #93967a4f
+# %% ../nbs/00_data.ipynb #30c0ccd3
 def _read_table(path):
     "The cells of a csv or tsv file, gzipped or not"
     sep = '\t' if '.tsv' in path.name.lower() else ','
@@ -651,7 +652,7 @@ def read_counts(
     adata = _open(data)
     with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
-# %% ../nbs/00_data.ipynb #829131f9
+# %% ../nbs/00_data.ipynb #826398a1
 @contextlib.contextmanager
 def _closing(adata, path, always=True):
     "Close the files of `adata` after an error, which gets the path in front, or always"
@@ -663,7 +664,7 @@ def _closing(adata, path, always=True):
     finally:
         if always: _close(adata)
 
-# %% ../nbs/00_data.ipynb #ab7c1a30
+# %% ../nbs/00_data.ipynb #d34499a7
 def _counts(adata, layer, round_counts, drop_empty):
     "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
@@ -698,7 +699,7 @@ def _checked_names(adata, library, totals, top, drop_empty=False):
     _warn_odd(library, totals, top)
     return library>0
 
-# %% ../nbs/00_data.ipynb #49784fba
+# %% ../nbs/00_data.ipynb #4c9deafd
 def _warn_odd(library, totals, top):
     "Warn of values that are whole but hardly counts; `library` by cell, `totals` by gene, `top` the largest value"
     twos = (library**2).sum()*(totals**2).sum()/(2*library.sum()**2)
@@ -802,7 +803,7 @@ def read_labels(
     _warn_small(labels, key, few)
     return labels
 
-# %% ../nbs/00_data.ipynb #aaf96e27
+# %% ../nbs/00_data.ipynb #1c4ccd52
 def _check_column(col, key):
     "Refuse a column that cannot serve as labels"
     if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")

@@ -764,21 +764,31 @@ def lognorm(
     X = sparse.csr_matrix(X, dtype=np.float32)
     return (sparse.diags(target/X.sum(1).A1) @ X).log1p().tocsr().astype(np.float32)
 
+# %% ../nbs/00_data.ipynb #066bb822
+def _dispersions(X):
+    "How much each gene varies among genes of similar mean, shape (n_genes,); NaN for genes that do not vary"
+    x = lognorm(X).expm1().astype(np.float64)
+    n,mean = x.shape[0],x.mean(0).A1
+    var = (x.multiply(x).mean(0).A1-mean**2)*n/max(n-1, 1)
+    varies = (mean>0)&(var>0)
+    d = pd.Series(np.log(var, where=varies, out=np.full(len(mean), np.nan))-np.log(mean, where=varies, out=np.zeros(len(mean))))
+    similar = d.groupby(pd.cut(np.log1p(mean), 20), observed=True)
+    middle,spread = similar.transform('mean'),similar.transform('std')
+    alone = spread.isna()
+    return ((d-middle.mask(alone, 0))/spread.where(~alone, middle)).to_numpy()
+
 # %% ../nbs/00_data.ipynb #66ed8157
 def _variable(X, n):
     "Which `n` genes vary most, shape (n_genes,)"
-    import scanpy as sc
-    a = AnnData(lognorm(X))
-    sc.pp.highly_variable_genes(a)
-    best = np.argsort(-a.var['dispersions_norm'].fillna(-np.inf).to_numpy(), kind='stable')[:n]
-    return np.isin(np.arange(a.n_vars), best)
+    best = np.argsort(-np.nan_to_num(_dispersions(X), nan=-np.inf), kind='stable')[:n]
+    return np.isin(np.arange(X.shape[1]), best)
 
 # %% ../nbs/00_data.ipynb #6501863e
 def top_genes(
     adata:AnnData, # Counts in `X`
     n_top_genes:int=2000, # Genes to keep
 )->AnnData: # The same cells with the most variable genes, in their old order, a copy
-    "The most variable genes, by dispersion on scaled and logged counts (scanpy)"
+    "The most variable genes, by dispersion among genes of similar mean"
     if n_top_genes<1: raise ValueError(f"n_top_genes={n_top_genes} must be at least 1")
     return adata[:,_variable(adata.X, n_top_genes)].copy()
 
@@ -827,25 +837,27 @@ def _warn_small(labels, key, few):
 def _pcs(X, n_hvg, n_pcs, seed):
     "A function from counts, shape (n, n_genes), to principal components of the most variable genes of `X`, shape (n, n_pcs)"
     from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
     genes = _variable(X, n_hvg) if n_hvg<X.shape[1] else slice(None)
     def values(X): return lognorm(X)[:,genes].toarray()
     v = values(X)
     mean,sd = v.mean(0),v.std(0)+1e-8
     def scaled(v): return ((v-mean)/sd).clip(-10, 10)
-    pca = PCA(min(n_pcs, *(s-1 for s in v.shape)), random_state=seed).fit(scaled(v))
-    return lambda X: pca.transform(scaled(values(X)))
+    pca = PCA(min(n_pcs, *(s-1 for s in v.shape)), random_state=seed)
+    with threadpool_limits(1, 'blas'): pca.fit(scaled(v))
+    def project(X):
+        with threadpool_limits(1, 'blas'): return pca.transform(scaled(values(X)))
+    return project
 
 # %% ../nbs/00_data.ipynb #7e3178ad
 def _louvain(pcs, n_neighbors, resolution, seed):
     "Louvain communities of the graph of nearest neighbours, shape (n_cells,)"
-    import igraph as ig
     from sklearn.neighbors import kneighbors_graph
+    from sknetwork.clustering import Louvain
     A = kneighbors_graph(pcs, min(n_neighbors, len(pcs)-1))
-    ig.set_random_number_generator(random.Random(seed))
-    g = ig.Graph(len(pcs), np.stack((A+A.T).nonzero(), 1)).simplify()
-    k = np.array(g.community_multilevel(resolution=resolution).membership)
-    ig.set_random_number_generator(random)
-    return k
+    fine = dict(tol_optimization=1e-6, tol_aggregation=1e-6)
+    search = Louvain(resolution, 'newman', **fine, shuffle_nodes=True, random_state=seed%2**32)
+    return search.fit_predict(((A+A.T)>0).astype(float))
 
 # %% ../nbs/00_data.ipynb #e44857a9
 def cluster(

@@ -196,6 +196,11 @@ def append(self:SparseRows,
     self._add('data', X.data)
     self.seen += X.shape[0],X.nnz,X.data.sum(dtype=np.float64)
 
+@patch(as_prop=True)
+def rows(self:SparseRows)->int: # Number of rows
+    "How many rows there are so far"
+    return int(self.seen[0])
+
 # %% ../nbs/00a_storage.ipynb #b79f6625
 @patch
 def check(self:SparseRows):

@@ -7,7 +7,7 @@ __all__ = ['exact_copies', 'verbatim', 'audit_space', 'nearest', 'nearer_to_trai
            'small_types', 'nearer_by_type', 'audit']
 
 # %% ../nbs/06a_privacy.ipynb #9a7058b2
-import warnings
+import contextlib,warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -145,26 +145,36 @@ def _align(a, genes, name):
     return a if genes.equals(a.var_names) else a[:,genes].copy()
 
 # %% ../nbs/06a_privacy.ipynb #aa228d1f
-def _read_one(name, a, labels, layer, round_counts):
-    "Checked counts of one set, labels as strings; and how many cells without counts were left out"
-    a = _open(a) if isinstance(a, (str,Path)) else a
-    if name=='synth' and layer not in getattr(a, 'layers', ()): layer = None
+@contextlib.contextmanager
+def _naming(name):
+    "Let errors begin with the name of a set"
+    try: yield
+    except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
+
+def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None
+
+def _read_one(a, labels, layer, round_counts):
+    "Checked counts of one set, labels as strings"
     out = read_counts(a, layer, round_counts, drop_empty=True)
     if labels: out.obs[labels] = np.asarray(read_labels(out, labels, few=0), str)
-    return out,a.n_obs-out.n_obs
+    return out
 
 # %% ../nbs/06a_privacy.ipynb #86294df5
 def _read(sets, labels=None, layer=None, round_counts=False):
-    "Every set, genes aligned to the first, `synth` without the layer read from `X`; and sentences on cells left out"
-    out,said = {},[]
+    "Every set, genes aligned to the first; and sentences on layers not found and cells left out"
+    read,opened,said = {},{},[]
     for name,a in sets.items():
-        try: out[name],k = _read_one(name, a, labels, layer, round_counts)
-        except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
-        n = out[name].n_obs
+        with _naming(name): opened[name] = _open(a) if isinstance(a, (str,Path)) else a
+    found = {name: _has(a, layer) for name,a in opened.items()}
+    for name,a in opened.items():
+        other = layer is not None and not found[name] and (name=='synth' or any(found.values()))
+        with _naming(name): read[name] = _read_one(a, labels, None if other else layer, round_counts)
+        if other and name!='synth': said.append(f"{name} has no layer {layer!r}; its X is taken.")
+        n,k = read[name].n_obs,a.n_obs-read[name].n_obs
         if n<10: raise ValueError(f"{name} has {n} cells; at least 10 are needed, and some hundreds to conclude anything")
-        if k: said.append(f"{k:,} of {n+k:,} cells of {name} have no counts and are left out.")
-    genes = next(iter(out.values())).var_names
-    return {name: _align(a, genes, name) for name,a in out.items()},said
+        if k: said.append(f"{k:,} of {a.n_obs:,} cells of {name} have no counts and are left out.")
+    genes = next(iter(read.values())).var_names
+    return {name: _align(a, genes, name) for name,a in read.items()},said
 
 # %% ../nbs/06a_privacy.ipynb #c2beda2e
 def _shared(train, held):

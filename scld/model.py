@@ -7,6 +7,7 @@ __all__ = ['defaults', 'configs', 'ranges', 'OWN', 'BLOCK', 'FORMAT', 'FILES', '
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
 import hashlib,html,json,sys,warnings
+from contextlib import closing
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -551,34 +552,38 @@ def _look(self:SCLD,
     K = len(self.categories)
     n,seen = np.zeros(K, int),np.zeros(K, int)
     prior = np.log(self.cells['n'].to_numpy())
-    for X,z,score,k in blocks:
-        odds,own = self.net.labeller.log_odds(X),(k<K)&heard
-        n += np.bincount(k[own], minlength=K)
-        seen += np.bincount(k[own][odds[own].argmax(1)==k[own]], minlength=K)
-        if named: self._refuse_unlike(n, seen, floor)
-        yield X,z,score,np.where(own, k, (odds+prior).argmax(1))
+    with closing(blocks):
+        for X,z,score,k in blocks:
+            odds,own = self.net.labeller.log_odds(X),(k<K)&heard
+            n += np.bincount(k[own], minlength=K)
+            seen += np.bincount(k[own][odds[own].argmax(1)==k[own]], minlength=K)
+            if named: self._refuse_unlike(n, seen, floor)
+            yield X,z,score,np.where(own, k, (odds+prior).argmax(1))
     self._unlike(n, seen)
 
 # %% ../nbs/05a_model.ipynb #657f0864
 @patch
 def _recognised(self:SCLD, k, n, seen):
-    "A sentence on how often cells of label number `k` are recognised"
-    name,real = self.categories[k],self.cells['real'].iloc[k]
-    return (f"of {n[k]:,} cells made as {name!r}, expression tells {seen[k]/n[k]:.0%} as {name!r} (real cells {real:.0%}); "
-            f"it was learnt from {self.cells['n'].iloc[k]:,.0f} cells in {self.settings['steps']:,} steps")
+    "How often cells of label number `k` are recognised, in words"
+    label = self.cells.iloc[k]
+    return (f"{self.categories[k]!r}: {seen[k]/n[k]:.0%} of {n[k]:,} made cells, {label['real']:.0%} of real ones, "
+            f"learnt from {label['n']:,.0f}")
 
 @patch
 def _refuse_unlike(self:SCLD, n, seen, floor):
     "`RuntimeError` where a label is recognised less often than `floor` allows"
-    for k in np.flatnonzero(n):
-        if too_few(seen[k], n[k], floor*self.cells['real'].iloc[k]):
-            raise RuntimeError(f"{self._recognised(k, n, seen)}; train longer or on more cells of it, or take them as they are with floor=0")
+    bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], floor*self.cells['real'].iloc[k])]
+    what = "made cells are not what was asked for; by expression a classifier recognises as"
+    todo = "train longer or on more cells of it, or take them as they are with floor=0"
+    for k in bad: raise RuntimeError(f"{what} {self._recognised(k, n, seen)}; {todo}")
 
 @patch
 def _unlike(self:SCLD, n, seen, share=0.8):
     "Warn of labels that are recognised less often than `share` of what real cells are"
     bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], share*self.cells['real'].iloc[k])]
-    for k in bad: warnings.warn(self._recognised(k, n, seen), stacklevel=2)
+    said = [self._recognised(k, n, seen) for k in bad[:5]]+['…'][:len(bad)>5]
+    few = f"made cells of {len(bad)} of {np.count_nonzero(n)} labels are less like their label than real cells are"
+    if bad: warnings.warn(f"{few}; a classifier of expression recognises as {'; as '.join(said)}", stacklevel=2)
 
 # %% ../nbs/05a_model.ipynb #f0a5e003
 @patch
@@ -654,7 +659,7 @@ def _write(self:SCLD, out, blocks, how, first, label, part):
     mine = _share(-(-len(label)//BLOCK), part)
     n = min(mine.stop*BLOCK, len(label))-mine.start*BLOCK
     small = []
-    with whole_h5(out) as (f,raw):
+    with whole_h5(out) as (f,raw), closing(blocks):
         rows = SparseRows(f.create_group('X'), (n,len(self.genes)))
         latents = f.create_dataset('latents', (n,self.settings['n_latent']+1), np.float32, fletcher32=True, chunks=True)
         for X,z,score,name in blocks:

@@ -8,15 +8,16 @@ __all__ = ['likelihoods', 'features', 'seeded', 'torch_threads', 'steady', 'nb_l
            'latent_kl', 'batches', 'Checkpoint', 'History', 'fit', 'Standardize']
 
 # %% ../nbs/01_autoencoder.ipynb #56865f7e
-import contextlib,hashlib,json,os,signal,sys,threading
+import contextlib,hashlib,json,signal,sys,threading
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import safe_open,SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from tqdm.auto import tqdm
+from .storage import write_bytes
 
 # %% ../nbs/01_autoencoder.ipynb #9c2ced91
 _one_at_a_time = threading.RLock() # torch has one stream of random numbers for all threads
@@ -398,11 +399,9 @@ def write(self:Checkpoint,
     info:dict, # The rest, in values that JSON can hold
 ):
     "Replace the file"
-    tensors,text = {k: v.detach().cpu().contiguous() for k,v in tensors.items()},json.dumps(dict(info, run=self.run))
-    tmp = self.path.with_name(self.path.name+'.part')
-    save_file(tensors, tmp, dict(info=text, sha256=_digest(tensors, text)))
-    with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-    os.replace(tmp, self.path)
+    tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
+    text = json.dumps(dict(info, run=self.run))
+    write_bytes(self.path, to_bytes(tensors, dict(info=text, sha256=_digest(tensors, text))), replace=True)
 
 def _digest(tensors, text):
     "SHA-256 of arrays, their names and a text, hexadecimal"

@@ -92,6 +92,9 @@ def whole_file(
             to_disk(tmp)
             if replace: os.replace(tmp, path)
             else: give_name(tmp, path)
+        except OSError as e:
+            if e.errno and e.filename in (None,str(tmp)): raise OSError(e.errno, e.strerror, str(path)) from None
+            raise
         finally:
             with undisturbed(): tmp.unlink(missing_ok=True)
         to_disk(path.parent)
@@ -114,7 +117,8 @@ class WatchedFile(io.FileIO):
     ): super().__init__(path, 'x+')
     def check(self):
         "Raise the error that was remembered"
-        if self.error: raise OSError(self.error.errno, f"{self.error.strerror}: {self.name}")
+        if isinstance(self.error, OSError): raise OSError(self.error.errno, self.error.strerror)
+        if self.error: raise self.error
 
 # %% ../nbs/00a_storage.ipynb #5ee81069
 @patch
@@ -125,7 +129,7 @@ def write(self:WatchedFile,
     rest = memoryview(data).cast('B')
     try:
         while len(rest) and not self.error: rest = rest[super(WatchedFile, self).write(rest):]
-    except OSError as e: self.error = e
+    except BaseException as e: self.error = e
     return memoryview(data).nbytes
 
 # %% ../nbs/00a_storage.ipynb #4e978bc1
@@ -135,7 +139,7 @@ def truncate(self:WatchedFile,
 )->int: # The size
     "Cut or extend the file, or remember why not"
     try: return super(WatchedFile, self).truncate(size)
-    except OSError as e: self.error = self.error or e
+    except BaseException as e: self.error = self.error or e
     return size or 0
 
 # %% ../nbs/00a_storage.ipynb #b19614a0
@@ -304,6 +308,9 @@ def whole_folder(
             with alone(path.parent):
                 _refuse_folder(path, replace, 'made by another process in the meantime')
                 _swap_in(tmp, path, old)
+        except OSError as e:
+            if e.errno and str(e.filename or tmp).startswith(str(tmp)): raise OSError(e.errno, e.strerror, str(path)) from None
+            raise
         finally:
             with undisturbed():
                 for p in (tmp,old): shutil.rmtree(p, ignore_errors=True)

@@ -8,7 +8,7 @@
 says which two do not go together. `newest` takes whatever is newest, torch too. Needs the standard library only. `pip`'s own
 settings decide where packages come from.
 """
-import re, shlex, subprocess, sys, tempfile, time, venv
+import os, re, shlex, subprocess, sys, tempfile, time, venv
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -34,8 +34,9 @@ def check(which):
     "Install one set and the package, and run the quick tests; the exit status"
     with tempfile.TemporaryDirectory() as d:
         venv.create(d, with_pip=True)
-        py = str(Path(d)/('Scripts' if sys.platform=='win32' else 'bin')/'python')
-        def run(*a, **kw): return subprocess.run([py, *a], cwd=ROOT, **kw).returncode
+        path = Path(d)/('Scripts' if sys.platform=='win32' else 'bin')
+        env = dict(os.environ, PATH=f"{path}{os.pathsep}{os.environ['PATH']}")
+        def run(*a): return subprocess.run([path/'python', *a], cwd=ROOT, env=env).returncode
         start = time.time()
         if run('-m', 'pip', 'install', '-q', *SETS[which], '-e', '.') or run('-m', 'pip', 'check'): return 1
         run('-c', SAY, *map(name, requirements(*EXTRAS)))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ('00_data','01_autoencoder','05a_model','06c_report','tutorials/quickstart')
-EXTRAS = ('requirements','dist_requirements','loom_requirements','zarr_requirements')
-TOOLS = ('nbdev','execnb','ghapi','build','diffusers','hypothesis','pot','dask') # what the tests need besides
+EXTRAS = ('requirements','dist_requirements','zarr_requirements')
+TOOLS = ('nbdev','execnb','ghapi','build','diffusers','hypothesis','loompy','pot','dask') # what the tests need besides
 
 def requirements(*keys):
     "Requirements of settings.ini"
@@ -35,7 +35,7 @@ def check(which):
     with tempfile.TemporaryDirectory() as d:
         venv.create(d, with_pip=True)
         path = Path(d)/('Scripts' if sys.platform=='win32' else 'bin')
-        env = dict(os.environ, PATH=f"{path}{os.pathsep}{os.environ['PATH']}")
+        env = dict(os.environ, VIRTUAL_ENV=d, PATH=f"{path}{os.pathsep}{os.environ['PATH']}")
         def run(*a): return subprocess.run([path/'python', *a], cwd=ROOT, env=env).returncode
         start = time.time()
         if run('-m', 'pip', 'install', '-q', *SETS[which], '-e', '.') or run('-m', 'pip', 'check'): return 1

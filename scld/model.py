@@ -121,9 +121,11 @@ class SCLD:
         on_disk = data is data.X
         self._library,totals = (data.library,data.gene_totals) if on_disk else (data.X.sum(1).A1,data.X.sum(0).A1)
         self._name_labels(label, _colors(data, self.labels))
-        means = cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(label.categories), min_cells=1)
         self._totals = totals if self.unnamed==0 else self._X[np.flatnonzero(self._label<len(self.categories))].sum(0).A1
-        with steady(), seeded(0): self._build(self._kept_means(means, label))
+        parts = (lognorm(B) for _,B in _blocks(data.X))
+        with steady(), seeded(0):
+            means = cluster_means(parts, label.codes, len(label.categories), min_cells=1)
+            self._build(self._kept_means(means, label))
 
 # %% ../nbs/05a_model.ipynb #866d1b07
 def _check_column(labels):
@@ -890,7 +892,7 @@ def score(self:SCLD,
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
     X = self._align(read_counts(adata, layer), missing)
-    return np.concatenate([self.net.scorer.score(torch.from_numpy(X[i:i+1024].toarray()).to(self.device)).cpu().numpy() for i in range(0, X.shape[0], 1024)])
+    with steady(): return np.concatenate([self.net.scorer.score(torch.from_numpy(X[i:i+1024].toarray()).to(self.device)).cpu().numpy() for i in range(0, X.shape[0], 1024)])
 
 # %% ../nbs/05a_model.ipynb #22bf685a
 @patch

@@ -44,14 +44,14 @@ _rules = {
 
 # %% ../nbs/00_data.ipynb #eb770fd9
 def _looks(top, off, totals):
-    "What values seem to be: `top` is the largest, `off` the largest distance from a whole number, `totals` sums of cells"
+    "What values seem to be: `top` is the largest, `off` the farthest from a whole number, `totals` sums of cells"
     if off<0.01: return 'nearly whole'
     if top<15: return 'looks log-normalised'
     return 'looks scaled to one total' if len(totals)>2 and np.ptp(totals)<1e-3*np.max(totals) else ''
 
 # %% ../nbs/00_data.ipynb #6a302106
 def _fault(blocks):
-    "The gravest broken rule, how many values break it, row, column and value of the first, what they look like; or None"
+    "The gravest broken rule, how many break it, row, column and value of the first, what they look like; or None"
     n,first = dict.fromkeys(_rules, 0),{}
     top = off = 0.
     totals = []
@@ -125,9 +125,9 @@ def _digits(v):
 
 def _advice(what, looks):
     "What to do about values that break a rule, when no other matrix holds counts"
-    round_them = "if they are counts corrected for ambient RNA, or rebuilt, round them: read_counts(…, round_counts=True)"
-    if what=='fractional' and not looks.startswith('looks'): return round_them
-    return 'pass the counts as they were before anything was done to them'
+    good = what=='fractional' and not looks.startswith('looks')
+    if not good: return 'pass the counts as they were before anything was done to them'
+    return 'if they are counts corrected for ambient RNA, or rebuilt, round them: read_counts(…, round_counts=True)'
 
 # %% ../nbs/00_data.ipynb #45193476
 def _refuse(adata, layer, fault):
@@ -153,7 +153,7 @@ def check_counts(
 
 # %% ../nbs/00_data.ipynb #0ed324e9
 def read_counts(
-    data:AnnData|str|Path, # Cells by genes: an AnnData, backed or not, or a path: h5ad, zarr, 10x folder or h5, loom, csv
+    data:AnnData|str|Path, # Cells by genes: an AnnData, or the path of an h5ad, zarr, 10x folder or h5, loom or csv
     layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
     round_counts:bool=False, # Round values to whole numbers first?
     drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
@@ -205,10 +205,10 @@ def _warn_odd(library, totals, top):
     mean,sd = library.mean(),library.std()
     said = {
         f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216": top>1e6,
-        f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: this looks like what was detected, "
-        "not like counts, and made cells will hold larger numbers; pass the counts": top==1 and twos>20,
-        f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, closer together than chance leaves counts: "
-        "values seem scaled to one total and rounded; pass the counts as they were before":
+        f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: this looks like what was "
+        "detected, not like counts, and made cells will hold larger numbers; pass the counts": top==1 and twos>20,
+        f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, closer together than chance leaves "
+        "counts: values seem scaled to one total and rounded; pass the counts as they were before":
             len(library)>=20 and mean>=10 and sd<mean**0.5/2}
     for text,true in said.items():
         if true: warnings.warn(text, stacklevel=5)
@@ -240,7 +240,8 @@ def filter_cells(
 )->AnnData: # The cells kept, a copy
     "Cells in which at least `min_genes` genes were detected; as in scGAN"
     n_genes = np.asarray((adata.X>0).sum(1)).ravel()
-    if n_genes.max()<min_genes: raise ValueError(f"no cell of {adata.n_obs:,} has {min_genes} genes; the most is {n_genes.max()}")
+    top = n_genes.max()
+    if top<min_genes: raise ValueError(f"no cell of {adata.n_obs:,} has {min_genes} genes; the most is {top}")
     return adata[n_genes>=min_genes].copy()
 
 # %% ../nbs/00_data.ipynb #31319042
@@ -250,7 +251,8 @@ def filter_genes(
 )->AnnData: # The genes kept, a copy
     "Genes detected in at least `min_cells` cells; as in scGAN"
     n_cells = np.asarray((adata.X>0).sum(0)).ravel()
-    if n_cells.max()<min_cells: raise ValueError(f"no gene of {adata.n_vars:,} is in {min_cells} cells; the most is {n_cells.max()}")
+    top = n_cells.max()
+    if top<min_cells: raise ValueError(f"no gene of {adata.n_vars:,} is in {min_cells} cells; the most is {top}")
     return adata[:,n_cells>=min_cells].copy()
 
 # %% ../nbs/00_data.ipynb #d1aa4a69
@@ -305,9 +307,13 @@ def read_labels(
     _check_column(col, key)
     cats = col.astype('category').cat.remove_unused_categories().cat
     unused = set(col.astype('category').cat.categories)-set(cats.categories)
-    if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
+    if unused:
+        first = min(map(str, unused))
+        logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {first!r}")
     names = pd.Index([c.decode() if isinstance(c, bytes) else str(c) for c in cats.categories])
-    if not names.is_unique: raise ValueError(f"obs[{key!r}] has different values that read alike, the first {names[names.duplicated()][0]!r}; make them all text or all numbers")
+    if not names.is_unique:
+        twin = f"different values that read alike, the first {names[names.duplicated()][0]!r}"
+        raise ValueError(f"obs[{key!r}] has {twin}; make them all text or all numbers")
     labels = pd.Categorical.from_codes(cats.codes, names)
     _warn_small(labels, key, few)
     return labels
@@ -318,19 +324,23 @@ def _check_column(col, key):
     if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")
     if col.isna().any():
         first = col.index[col.isna()][0]
-        raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {first!r}; drop these cells or name them")
+        lost = f"{col.isna().sum()} missing labels, the first at cell {first!r}"
+        raise ValueError(f"obs[{key!r}] has {lost}; drop these cells or name them")
     if pd.api.types.is_float_dtype(col.dtype):
-        how = 'make them text: .astype(int).astype(str)' if (col==col.round()).all() else 'cut them into ranges with pandas.cut'
-        raise ValueError(f"obs[{key!r}] holds numbers with decimal points ({col.dtype}), expected categories; {how}")
+        whole = (col==col.round()).all()
+        how = 'make them text: .astype(int).astype(str)' if whole else 'cut them into ranges with pandas.cut'
+        raise ValueError(f"obs[{key!r}] holds numbers with decimal points, expected categories; {how}")
     if len(col)>20 and col.nunique()>len(col)/2:
-        raise ValueError(f"obs[{key!r}] has {col.nunique()} values for {len(col)} cells; expected categories, each of several cells")
+        many = f"{col.nunique()} values for {len(col)} cells"
+        raise ValueError(f"obs[{key!r}] has {many}; expected categories, each of several cells")
 
 # %% ../nbs/00_data.ipynb #5d146bb3
 def _warn_small(labels, key, few):
     "Warn of labels with fewer than `few` cells"
     n = labels.value_counts()
     small = n[n<few]
-    if len(small): warnings.warn(f"{len(small)} labels in obs[{key!r}] have fewer than {few} cells, the first {small.index[0]!r} with {small.iloc[0]}", stacklevel=3)
+    first = f"the first {small.index[0]!r} with {small.iloc[0]}" if len(small) else ''
+    if first: warnings.warn(f"{len(small)} labels in obs[{key!r}] have fewer than {few} cells, {first}", stacklevel=3)
 
 # %% ../nbs/00_data.ipynb #efc92cf8
 def _pcs(X, n_hvg, n_pcs, seed):
@@ -407,12 +417,14 @@ def split(
     groups=None, # Group of each cell, such as its donor, shape (n_cells,): no group is in two parts
 )->list: # Row numbers of each part, sorted
     "Row numbers of disjoint parts with the same mix of labels, if labels are given"
-    if isinstance(labels, AnnData): raise TypeError("expected labels or a number of cells, got an AnnData; pass adata.obs[…] or adata.n_obs")
+    instead = "expected labels or a number of cells, got an AnnData; pass adata.obs[…] or adata.n_obs"
+    if isinstance(labels, AnnData): raise TypeError(instead)
     if isinstance(labels, (int,np.integer)): labels = np.zeros(labels)
     rng,n = np.random.default_rng(seed),len(labels)
     s = np.asarray(sizes, dtype=float)
     s = np.diff(np.round(np.cumsum(s)*n), prepend=0).astype(int) if s.sum()<=1+1e-9 else s.astype(int)
-    if (s<=0).any() or s.sum()>n: raise ValueError(f"cannot split {n} cells into parts of {list(sizes)}: each needs a cell and together at most {n}")
+    fits = (s>0).all() and s.sum()<=n
+    if not fits: raise ValueError(f"cannot split {n} cells into parts of {list(sizes)}: each needs a cell, together at most {n}")
     codes = _codes(labels, 'label')
     return _split_cells(codes, s, rng) if groups is None else _split_groups(codes, s, rng, groups)
 
@@ -420,7 +432,9 @@ def split(
 def _codes(names, what):
     "A number for each name; cells without one are refused"
     codes = pd.factorize(np.asarray(names))[0]
-    if (codes<0).any(): raise ValueError(f"{(codes<0).sum()} of {len(codes)} cells have no {what}, the first is number {np.argmax(codes<0)}; name it or drop these cells")
+    none = codes<0
+    first = f"the first is number {np.argmax(none)}"
+    if none.any(): raise ValueError(f"{none.sum()} of {len(codes)} cells have no {what}, {first}; name it or drop these cells")
     return codes
 
 # %% ../nbs/00_data.ipynb #2c44cbe6
@@ -447,5 +461,6 @@ def _split_groups(codes, s, rng, groups):
         part[i] = np.argmax(want@have[i]/s)
         want[part[i]] -= have[i]
     parts = [np.flatnonzero(part[g]==p) for p in range(len(s)-bool(rest))]
-    if not all(map(len, parts)): raise ValueError(f"groups are too large for parts of {list(s)} cells; the largest has {int(have.sum(1).max())}")
+    top = int(have.sum(1).max())
+    if not all(map(len, parts)): raise ValueError(f"groups are too large for parts of {list(s)} cells; the largest has {top}")
     return parts

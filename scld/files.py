@@ -148,7 +148,8 @@ def _check_inside(f):
         for k in g:
             kind = g.get(k, getlink=True)
             if isinstance(kind, h5py.SoftLink): continue
-            if isinstance(kind, h5py.ExternalLink): raise ValueError(f"{k!r} points into another file, {kind.filename!r}")
+            there = isinstance(kind, h5py.ExternalLink) and kind.filename
+            if there: raise ValueError(f"{k!r} points into another file, {there!r}")
             o = g[k]
             at = h5py.h5o.get_info(o.id).addr
             if isinstance(o, h5py.Group) and at not in seen: todo.append((o,depth+1))
@@ -296,7 +297,8 @@ def _mtx_header(path):
     rows,columns = n[:2]
     values = n[2] if len(n)>2 else rows*columns
     if values>rows*columns or 2*values>n_bytes or max(rows, columns)>10**6+n_bytes:
-        raise ValueError(f"its header declares {values:,} values in {rows:,} rows and {columns:,} columns, in {n_bytes:,} bytes")
+        size = f"{values:,} values in {rows:,} rows and {columns:,} columns"
+        raise ValueError(f"its header declares {size}, in {n_bytes:,} bytes")
     return rows,columns
 
 def _read_matrix(path):
@@ -320,11 +322,11 @@ def _matrix_file(path):
     every = [p for p in sorted(path.iterdir()) if p.name.endswith(('.mtx','.mtx.gz'))]
     found = [p for p in every if 'matrix.mtx' in p.name] or every
     names,how = [p.name for p in found],'; give one of these files' if found else ''
-    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{how}")
-    return found[0]
+    if len(found)==1: return found[0]
+    raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{how}")
 
 def _list_beside(path, *names):
-    "Rows, as lists of fields, of the list called one of `names` that belongs to the matrix file `path`; None without one"
+    "Rows, each a list of fields, of the file called one of `names` that belongs to the matrix `path`; or None"
     prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
     every = [path.with_name(f'{prefix}{n}.tsv{z}') for n in names for z in ('','.gz')]
     found = sorted((p for p in every if p.exists()), key=lambda p: (p.suffix=='.gz')!=(path.suffix=='.gz'))
@@ -370,7 +372,8 @@ def _read_mtx(path):
             "and names are numbers", stacklevel=5)
         return AnnData(X, obs=_numbered(X.shape[0]), var=_numbered(X.shape[1]))
     for what,n,rows in zip(('cells','genes'), X.shape, (cells,genes)):
-        if len(rows)!=n: raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
+        if len(rows)==n: continue
+        raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
     return _genes_only(AnnData(X, obs=pd.DataFrame(index=[r[0] for r in cells]), var=_features(genes)))
 
 def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
@@ -454,7 +457,8 @@ def _read_table(path):
     _length(path)
     with io.TextIOWrapper(_unpacked(path), encoding='utf-8-sig', newline='') as f:
         head = next(csv.reader(f, delimiter=sep), [])
-        if len(head)<2: raise ValueError("there is one column only; are values separated by commas (in a .tsv, by tabs)?")
+        alone = "there is one column only; are values separated by commas (in a .tsv, by tabs)?"
+        if len(head)<2: raise ValueError(alone)
         how = dict(header=None, converters={0:str}, chunksize=max(2**22//len(head), 1), low_memory=False)
         parts = [_table_part(df, head) for df in pd.read_csv(f, sep=sep, **how)]
     names,genes = pd.Index(np.concatenate([n for n,_,_ in parts])),parts[0][2]
@@ -500,7 +504,8 @@ def _open(path):
     try: return _readers[kind](path)
     except ImportError: raise
     except Exception as e:
-        raise OSError(f"{path} cannot be read as {kind}: {e.args[0] if isinstance(e, KeyError) and e.args else e}") from e
+        why = e.args[0] if isinstance(e, KeyError) and e.args else e
+        raise OSError(f"{path} cannot be read as {kind}: {why}") from e
 
 # %% ../nbs/00_files.ipynb #c1d95f5c
 @contextlib.contextmanager

@@ -380,7 +380,8 @@ def cluster(
 )->pd.Categorical: # Cluster of each cell, "0" the largest, shape (n_cells,)
     "Louvain clusters as in scGAN's preparation"
     from sklearn.neighbors import KNeighborsClassifier
-    n = adata.X.shape[0]
+    n,m = adata.X.shape
+    if m<2: raise ValueError("cells cannot be clustered by one gene; name a column of labels, or keep more genes")
     part = np.arange(n) if n<=max_cells else np.sort(np.random.default_rng(seed).choice(n, max_cells, replace=False))
     project = _pcs(X := adata.X[part], n_hvg, n_pcs, seed)
     k = _louvain(pcs := project(X), n_neighbors, resolution, seed)

@@ -6,30 +6,22 @@
 __all__ = ['presets', 'commands', 'demo', 'split', 'fit', 'sample', 'evaluate', 'audit', 'main']
 
 # %% ../nbs/08_cli.ipynb #5329008f
-import contextlib,json,os,re,shutil,sys,time,traceback,warnings
+import contextlib,json,os,re,signal,sys,threading,time,traceback,warnings
 from pathlib import Path
 from fastcore.script import anno_parser
 from . import __version__
 
-# %% ../nbs/08_cli.ipynb #01e6c0e8
-def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
-
-# %% ../nbs/08_cli.ipynb #9d9545c8
-def _free(out):
-    "The folder `out`, not there or empty; an error if it holds anything"
+# %% ../nbs/08_cli.ipynb #c5f714c0
+def _free(out, folder=False):
+    "The path `out`; an error if anything is there, but an empty folder where a folder is wanted, or if it cannot be a name"
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} is already there and not an empty folder; choose another --out or delete it")
-    return out
+    try: os.lstat(out)
+    except FileNotFoundError: return out
+    if folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir()): return out
+    raise FileExistsError(f"{out} is already there{' and not an empty folder' if folder else ''}; choose another --out or delete it")
 
-# %% ../nbs/08_cli.ipynb #44bddf85
-@contextlib.contextmanager
-def _whole(out):
-    "A folder to fill, which becomes `out` at the end"
-    out = _free(out)
-    tmp = out.with_name(f'.{out.name}.part-{os.urandom(6).hex()}')
-    tmp.mkdir(parents=True)
-    try: yield tmp; os.rename(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+# %% ../nbs/08_cli.ipynb #fa30e64c
+def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
 
 # %% ../nbs/08_cli.ipynb #d844c26b
 def demo(
@@ -39,27 +31,37 @@ def demo(
     trees:int=1000, # Trees of the forests that judge the cells
 ):
     "Train on 700 real cells, make new ones, show how good they are"
-    t0 = time.time()
+    t0,out = time.time(),_free(out, folder=True)
     import numpy as np
     from scld.data import pbmc68k_reduced,split
     from scld.model import SCLD
     from scld.report import evaluate
-    with _whole(out) as tmp:
+    from scld.storage import whole_folder,write_h5ad
+    with whole_folder(out) as tmp:
         cells = pbmc68k_reduced()
         train,test = (cells[i].copy() for i in split(np.zeros(cells.n_obs), (0.8,0.2), seed))
-        _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {cells.obs["cell_type"].nunique()} types')
+        types = cells.obs['cell_type'].nunique()
+        _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {types} types')
         model = SCLD(train, labels='cell_type').train(steps=steps, seed=seed)
         model.save(tmp/'model')
         synth = model.sample(train.n_obs, seed=seed)
-        synth.write_h5ad(tmp/'synthetic.h5ad')
+        write_h5ad(synth, tmp/'synthetic.h5ad')
         _say(t0, f'{synth.n_obs} new cells made; comparing them with the held-out ones')
         report = evaluate(test, synth, train, labels='cell_type', n_trees=trees, seed=seed)
-        about = f'Data: 68k PBMC (Zheng et al. 2017), the 700 cells in scanpy. {test.n_obs} held-out cells; no filter; seed {seed}; {steps} steps.'
-        (tmp/'metrics.json').write_text(json.dumps(dict(data='700 cells of 68k PBMC (scanpy)', n_train=train.n_obs, scorer='off', steps=steps, seed=seed, version=__version__, model=model.fingerprint, metrics=report.metrics), indent=1))
-        report.to_html(tmp/'report.html', note=about)
+        about = dict(data='700 cells of 68k PBMC (scanpy)', n_train=train.n_obs, scorer='off', steps=steps, seed=seed)
+        _numbers_of(tmp, report, **about, version=__version__, model=model.fingerprint)
+        note = (f'Data: 68k PBMC (Zheng et al. 2017), the 700 cells in scanpy. {test.n_obs} held-out cells; '
+                f'no filter; seed {seed}; {steps} steps.')
+        report.to_html(tmp/'report.html', note=note)
     print(report, file=sys.stderr)
     _say(t0, 'done')
-    for f in ('model','synthetic.h5ad','metrics.json','report.html'): print(Path(out)/f)
+    for f in ('model','synthetic.h5ad','metrics.json','report.html'): print(out/f)
+
+# %% ../nbs/08_cli.ipynb #ec5c55a9
+def _numbers_of(folder, report, **about):
+    "Write the numbers of a report and what they are about as `metrics.json`"
+    text = json.dumps(dict(about, metrics=report.metrics), indent=1, default=float)
+    (folder/'metrics.json').write_text(text, encoding='utf-8')
 
 # %% ../nbs/08_cli.ipynb #ac89f036
 def split(
@@ -71,19 +73,55 @@ def split(
     groups:str=None, # Column of `obs`, such as the donor, no group of which is to be in both parts
     min_cells:int=3, # Fewest cells that a gene must be seen in to be kept; 0 keeps all
     drop_empty:bool=False, # Leave out cells without counts?
+    round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same cells
 ):
     "Set cells aside to judge by, which the model will not see"
-    from scld.data import filter_genes,read_counts,read_labels,split as deal
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
-    cells = read_counts(data, layer, drop_empty=drop_empty)
+    out = _free(out, folder=True)
+    from scld.data import read_counts,read_labels,split as deal
+    from scld.storage import whole_folder,write_h5ad
+    cells = _kept(read_counts(data, layer, round_counts, drop_empty), min_cells, drop_empty)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
     rows = deal(cells.n_obs if kind is None else kind, (1-test,test), seed, group)
+    with whole_folder(out) as tmp:
+        for name,i in zip(('train','test'), rows): write_h5ad(cells[i], tmp/f'{name}.h5ad')
+    for name in ('train','test'): print(out/f'{name}.h5ad')
+
+# %% ../nbs/08_cli.ipynb #a51bb300
+def _kept(cells, min_cells, drop_empty):
+    "`cells` with the genes that enough of them have, and without those that are left empty, if that is wanted"
+    from scld.data import filter_genes
     kept = filter_genes(cells, min_cells)
-    if kept.n_vars<cells.n_vars: print(f'{cells.n_vars-kept.n_vars:,} of {cells.n_vars:,} genes, seen in fewer than {min_cells} cells, are left out; --min_cells 0 keeps them', file=sys.stderr)
-    with _whole(out) as tmp:
-        for name,i in zip(('train','test'), rows): kept[i].copy().write_h5ad(tmp/f'{name}.h5ad', compression='gzip')
-    for name in ('train','test'): print(Path(out)/f'{name}.h5ad')
+    lost = cells.n_vars-kept.n_vars
+    if lost: print(f'{lost:,} of {cells.n_vars:,} genes, seen in fewer than {min_cells} cells, are left out; '
+        '--min_cells 0 keeps them', file=sys.stderr)
+    full = kept.X.sum(1).A1>0
+    rare = f"{(~full).sum():,} of {cells.n_obs:,} cells have counts in these genes only"
+    if not full.all() and not drop_empty: raise ValueError(f"{rare}, the first {cells.obs_names[~full][0]!r}; "
+        "--drop_empty leaves them out, --min_cells 0 keeps their genes")
+    if not full.all(): print(f'{rare}, and are left out', file=sys.stderr)
+    return kept[full].copy()
+
+# %% ../nbs/08_cli.ipynb #2f4b0e96
+_of_runs = re.compile(r'(autoencoder|diffusion|scorer)\.safetensors(\.part)?|\.scld-\w+\.part')
+
+def _run_folder(out):
+    "The folder for the run of the model `out`; an error if there is anything else"
+    run = out.with_name(f'{out.name}.run')
+    theirs = [f for f in sorted(os.listdir(run)) if not _of_runs.fullmatch(f)] if run.is_dir() else []
+    if run.is_symlink(): why = f'is a link to {os.readlink(run)}'
+    elif run.exists() and not run.is_dir(): why = 'is a file'
+    elif theirs: why = f'holds {theirs[0]!r}'
+    else: return run
+    raise FileExistsError(f"{run}, where the run is kept while it goes on, {why}; rename it or choose another --out")
+
+def _clear(run):
+    "Take away what a run has left, and its folder unless there is more in it"
+    for f in run.iterdir():
+        if _of_runs.fullmatch(f.name): f.unlink()
+    try: run.rmdir()
+    except OSError: print(f'{run} is left as it is: there is more in it than the run', file=sys.stderr)
 
 # %% ../nbs/08_cli.ipynb #e2aa9aa6
 presets = dict(quick=dict(steps=600), full={}, paper=dict(config='paper'))
@@ -96,20 +134,27 @@ def fit(
     labels:str=None, # Column of `obs` with the kinds of cells; Louvain clusters if absent
     preset:str='full', # `quick` (a tenth of the steps), `full`, or `paper` (the paper's settings)
     steps:int=None, # Training steps of the diffusion
+    drop_empty:bool=False, # Leave out cells without counts?
+    round_counts:bool=False, # Round values to whole numbers first?
+    threads:int=None, # Threads of the processor to use
     seed:int=0, # Same seed, same model
     resume:bool=False, # Go on with a run that was interrupted?
 ):
     "Learn from counts and write a model"
     if preset not in presets: raise ValueError(f"no preset {preset!r}; choose from {list(presets)}")
-    out = Path(out)
-    if out.exists(): raise FileExistsError(f"{out} is already there; choose another --out or delete it")
+    out = _free(out)
+    run = _run_folder(out)
+    if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
+    import torch
+    from scld.data import read_counts
     from scld.dist import processes
     from scld.model import SCLD
-    run = out.with_name(f'{out.name}.run')
-    if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
-    model = SCLD(data, layer, labels, **presets[preset]).train(steps=steps, seed=seed, checkpoint=run, resume=resume)
-    model.save(out)
-    if processes()[0]==0: shutil.rmtree(run); print(out)
+    if threads: torch.set_num_threads(threads)
+    if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
+    model = SCLD(data, layer, labels, **presets[preset])
+    print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
+    model.train(steps=steps, seed=seed, checkpoint=run, resume=resume).save(out)
+    if processes()[0]==0: _clear(run); print(out)
 
 # %% ../nbs/08_cli.ipynb #8d89a0f6
 def sample(
@@ -120,20 +165,24 @@ def sample(
     labels:str=None, # Several kinds, with numbers: "NK=500,B=200"
     guidance:float=0., # How far to exaggerate the kinds; 0 for not at all
     keep:float=1., # Share of generated cells to keep, best first
+    floor:float=0.25, # Refuse kinds asked for by name that are recognised less often than this share of what real cells are; 0 for none
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
 ):
     "Make new cells of a saved model"
-    if label and labels: raise ValueError("--label is for one kind and --labels for several; give one of them")
+    if None not in (label,labels): raise ValueError("--label is for one kind and --labels for several; give one of them")
+    want = n if label is None else {label: n}
+    if labels is not None: want = _numbers(labels)
+    out,part = _free(out),_pair(part)
     from scld.model import SCLD
-    want = _numbers(labels) if labels else {label: n} if label else n
-    print(SCLD.load(model).sample(want, guidance, keep, steps, seed, out=out, part=_pair(part), progress=True))
+    how = dict(guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor)
+    print(SCLD.load(model).sample(want, **how, out=out, part=part, progress=True))
 
 # %% ../nbs/08_cli.ipynb #2458d7c4
 def _numbers(labels):
     "A dictionary from `NK=500,B=200`; a label may hold equals signs and commas"
-    *parts,rest = re.split(r'=\s*(\d+)\s*(?:,|$)', labels)
+    *parts,rest = re.split(r'=\s*([0-9]{1,18})\s*(?:,|$)', labels)
     names = [k.strip() for k in parts[::2]]
     if rest.strip() or not names or not all(names): raise ValueError(f"--labels has {rest.strip() or labels!r} where LABEL=NUMBER is expected, as in \"NK=500,B=200\"")
     if len(set(names))<len(names): raise ValueError(f"--labels {labels!r} names a label twice")
@@ -142,9 +191,9 @@ def _numbers(labels):
 # %% ../nbs/08_cli.ipynb #666002d1
 def _pair(part):
     "(2, 8) from `2/8`"
-    i,_,k = part.partition('/')
-    if not (i.isdigit() and k.isdigit()): raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
-    return int(i),int(k)
+    pair = re.fullmatch(r'([0-9]{1,9})/([0-9]{1,9})', part)
+    if not pair: raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
+    return tuple(map(int, pair.groups()))
 
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
@@ -155,16 +204,21 @@ def evaluate(
     layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
     labels:str=None, # Column of `obs` with the kinds of cells, in all files
     trees:int=100, # Trees of the forests; 1,000 for the published protocol
+    round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 ):
     "Show how well generated cells pass for real ones"
+    out = _free(out, folder=True)
     from scld.report import evaluate as compare
-    with _whole(out) as tmp:
-        report = compare(real, synth, train, labels, trees, seed=seed, layer=layer)
-        (tmp/'metrics.json').write_text(json.dumps(dict(real=real, synth=synth, train=train, settings=report.settings, metrics=report.metrics, privacy=report.privacy), indent=1, default=float))
+    from scld.storage import whole_folder
+    with whole_folder(out) as tmp:
+        report = compare(real, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
+        files = {k: f and Path(f).name for k,f in dict(real=real, synth=synth, train=train).items()}
+        _numbers_of(tmp, report, **files, settings=report.settings, privacy=report.privacy, warnings=report.warnings)
         report.to_html(tmp/'report.html')
+    for w in report.warnings: warnings.warn(w)
     print(report, file=sys.stderr)
-    for f in ('metrics.json','report.html'): print(Path(out)/f)
+    for f in ('metrics.json','report.html'): print(out/f)
 
 # %% ../nbs/08_cli.ipynb #dd5479f3
 def audit(
@@ -172,13 +226,15 @@ def audit(
     held:str, # Real cells that it has not seen
     synth:str, # Generated cells
     layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
+    round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
-):
-    "Ask whether generated cells give training cells away"
+)->int: # Exit status: 3 if cells are given away
+    "Ask whether generated cells give training cells away; exit status 3 if they do"
     from scld.privacy import audit as ask
-    found = ask(train, held, synth, seed=seed, layer=layer)
+    found = ask(train, held, synth, seed=seed, layer=layer, round_counts=round_counts)
     for k,v in found.items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
     print(f"training cells among the generated, verbatim: {found['exact copies']['cells']}")
+    return 3 if any(v['caught'] for v in found.values()) else 0
 
 # %% ../nbs/08_cli.ipynb #812cc303
 commands = dict(demo=demo, split=split, fit=fit, sample=sample, evaluate=evaluate, audit=audit)
@@ -188,44 +244,156 @@ def _help():
     return 'usage: scld COMMAND [options]; scld COMMAND --help tells more; --debug shows where an error was\n\n' + '\n'.join(f'  {k:10}{f.__doc__}' for k,f in commands.items())
 
 # %% ../nbs/08_cli.ipynb #45885b5c
+def _python(code): return f'python -c "import anndata,scanpy; {code}"'
+
+_read_file = "a = anndata.read_h5ad('FILE.h5ad')"
+_write_file = "a.write_h5ad('NEW.h5ad')"
+_options = { # What the library advises: what to do on the command line
+    r'(read_counts\(…, )?drop_empty=True\)?': '--drop_empty',
+    r'(read_counts\(…, )?round_counts=True\)?': '--round_counts',
+    r'\bresume=True': '--resume',
+    r'\bfloor=0\b': '--floor 0',
+    r"\blayer=(?='|\")": '--layer ',
+    r'\(layer=None\)': '(without --layer)',
+    r'\bpass layer=': 'pass --layer',
+    r'pass overwrite=True to replace it|choose another (name|folder) or delete it': 'choose another --out or delete it',
+    r'choose another (name|folder)\b': 'choose another --out',
+    r'name the column as labels': 'name the column with --labels',
+    r"load the model with device='cpu'": 'set CUDA_VISIBLE_DEVICES= to work on the CPU',
+    r'(call|in Python with) adata\.var_names_make_unique\(\)':
+        'as in: '+_python(f"{_read_file}; a.var_names_make_unique(); {_write_file}"),
+    r'read_counts\(adata\.T\)': _python(f"{_read_file}.T; {_write_file}"),
+    r"read_counts\((scanpy\.read_\w+)\(FILE(.*?)\)(\.T)?\)": _python(rf"a = \1('FILE'\2)\3; {_write_file}"),
+    r'anndata\.read_zarr\(FILE\)\.write_h5ad\(NEW\)': _python(f"a = anndata.read_zarr('FILE'); {_write_file}"),
+    r'adata\.obs\.rename\(columns=(\{.*?\})\)': _python(rf"{_read_file}; a.obs = a.obs.rename(columns=\1); {_write_file}")}
+
+def _as_options(text):
+    "What the library says, in one line and with the options of the command line"
+    for said,option in _options.items(): text = re.sub(said, option, text)
+    return ' '.join(text.split())
+
+# %% ../nbs/08_cli.ipynb #31b138d2
+_usual = ValueError,KeyError,OSError,RuntimeError,TypeError,ImportError,MemoryError
+
 def _line(e, resume=''):
     "What to say about an error, in one line"
-    text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
-    for call,option in {'resume=True':'--resume', 'read_counts(…, drop_empty=True)':'scld split --drop_empty'}.items(): text = text.replace(call, option)
+    text = _as_options(str(e.args[0] if isinstance(e, KeyError) and e.args else e))
+    if isinstance(e, MemoryError): text = f'there is not enough memory: {text}'
     if isinstance(e, KeyboardInterrupt): text = '; '.join(filter(None, [text or 'stopped', resume]))
-    elif not isinstance(e, (ValueError,KeyError,OSError,RuntimeError,TypeError,ImportError)): text = f'unexpected {type(e).__name__}: {text} (--debug shows where)'
+    elif not isinstance(e, _usual): text = f'unexpected {type(e).__name__}: {text} (--debug shows where)'
     return f'scld: {text}'
 
 def _warn(message, category, *_, **kw):
     "A warning in one line; those between libraries are not for users"
-    if issubclass(category, UserWarning): print('scld: warning: '+' '.join(str(message).split()), file=sys.stderr)
+    if issubclass(category, UserWarning): print('scld: warning: '+_as_options(str(message)), file=sys.stderr)
+
+# %% ../nbs/08_cli.ipynb #0f3d53a9
+class _Stream:
+    "A stream of text on which errors of the kinds `dropped` do not count"
+    def __init__(self, stream, dropped):
+        self.stream,self.dropped = stream,dropped
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text): return self._try(self.stream.write, text) or len(text)
+    def flush(self): self._try(self.stream.flush)
+    def _try(self, f, *args):
+        try: return f(*args)
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())   # what is still held goes nowhere
+            if not isinstance(e, self.dropped): raise
+
+# %% ../nbs/08_cli.ipynb #7d111a1f
+@contextlib.contextmanager
+def _streams():
+    "Within it, stdout and stderr can be written to, whoever reads them"
+    before = sys.stdout,sys.stderr
+    while (fd := os.open(os.devnull, os.O_RDWR))<3: pass
+    os.close(fd)
+    with open(os.devnull, 'w') as nobody:
+        sys.stdout,sys.stderr = _Stream(before[0] or nobody, BrokenPipeError),_Stream(before[1] or nobody, OSError)
+        try: yield
+        finally: sys.stdout,sys.stderr = before
+
+# %% ../nbs/08_cli.ipynb #77b361f0
+def _within(frame, kind):
+    "Is a method of the class of the name `kind` running?"
+    while frame and type(frame.f_locals.get('self')).__name__!=kind: frame = frame.f_back
+    return frame is not None
+
+class _Stopper:
+    "What a command does about signals; `came` holds the number of the one that ends it"
+    def __init__(self): self.came,self.last,self.timers,self.hook = [],-9.,[],sys.unraisablehook
+    def stop(self, n, frame):
+        if time.monotonic()-self.last<5: return
+        if _within(frame, 'WatchedFile'): return self.later(n)
+        self.last = time.monotonic()
+        self.came.append(n)
+        raise KeyboardInterrupt('stopped')
+    def later(self, n):
+        self.timers.append(threading.Timer(0.01, os.kill, (os.getpid(),n)))
+        self.timers[-1].start()
+    def unheard(self, lost):
+        if not (self.came and issubclass(lost.exc_type, KeyboardInterrupt)): return self.hook(lost)
+        self.last = -9.
+        self.later(self.came.pop())
+
+# %% ../nbs/08_cli.ipynb #2d67da56
+@contextlib.contextmanager
+def _signals():
+    "Within it, signals that end a process raise `KeyboardInterrupt`; yields the list of the one that came"
+    s,before = _Stopper(),{}
+    ends = [getattr(signal, k) for k in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, k)]
+    if threading.current_thread() is threading.main_thread(): before = {n: signal.getsignal(n) for n in ends}
+    before = {n: f for n,f in before.items() if f in (signal.SIG_DFL,signal.default_int_handler)}
+    for n in before: signal.signal(n, s.stop)
+    sys.unraisablehook = s.unheard
+    try: yield s.came
+    finally:
+        sys.unraisablehook = s.hook
+        for t in s.timers: t.cancel()
+        for n,f in before.items(): signal.signal(n, f)
 
 # %% ../nbs/08_cli.ipynb #d76f059c
+_bounds = dict(n=(1,10**12), trees=(1,10**5), threads=(1,4096), seed=(0,2**32-1)) # Lowest and highest, by option
+
 def _run(name, *argv):
-    "Call the command `name` with its arguments"
+    "Call the command `name` with its arguments; returns its exit status"
     if name not in commands: raise ValueError(f"no command {name!r}; the commands are {', '.join(commands)}")
     parser = anno_parser(commands[name], f'scld {name}')
     parser.allow_abbrev = False
     def refuse(message): raise ValueError(f'{message}; scld {name} --help lists the options')
     parser.error = refuse
     args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
-    if args.get('seed', 0)<0: raise ValueError(f"--seed {args['seed']} must be 0 or more")
-    commands[name](**args)
+    for k,(low,high) in _bounds.items():
+        if args.get(k) is not None and not low<=args[k]<=high:
+            raise ValueError(f"--{k} {args[k]} must be from {low:,} to {high:,}")
+    return commands[name](**args) or 0
 
 # %% ../nbs/08_cli.ipynb #cbea09b7
-def main(
-    argv:list|None=None, # Arguments; those of the process if absent
-)->int: # Exit status: 0; 2 after an error; 130 after Ctrl-C
-    "Run a command of `scld`"
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ('-h','--help'): print(_help()); return 0
-    if argv[0]=='--version': print(__version__); return 0
-    debug = '--debug' in argv
+def _answer(argv, came):
+    "Run what `argv` asks for; returns its exit status"
+    debug,argv = '--debug' in argv,[a for a in argv if a!='--debug']
     try:
-        with warnings.catch_warnings(): warnings.showwarning = _warn; _run(*(a for a in argv if a!='--debug'))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            if not argv or argv[0] in ('-h','--help'): status = print(_help()) or 0
+            elif argv[0]=='--version': status = print(__version__) or 0
+            else: status = _run(*argv)
+            sys.stdout.flush()
+            return status
     except SystemExit as e: return e.code or 0   # --help of a command
     except (Exception,KeyboardInterrupt) as e:
         if debug: traceback.print_exc()
-        print(_line(e, '--resume goes on' if argv[0]=='fit' else ''), file=sys.stderr)
-        return 130 if isinstance(e, KeyboardInterrupt) else 2
-    return 0
+        print(_line(e, '--resume goes on' if argv[:1]==['fit'] else ''), file=sys.stderr)
+        return 128+(came or [signal.SIGINT])[0] if came or isinstance(e, KeyboardInterrupt) else 2
+
+# %% ../nbs/08_cli.ipynb #9a5fb991
+def main(
+    argv:list|None=None, # Arguments; those of the process if absent
+)->int: # Exit status: 0; 2 after an error; 3 when `audit` finds that cells are given away; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP
+    "Run a command of `scld`"
+    with _streams(), _signals() as came:
+        status = _answer(list(sys.argv[1:] if argv is None else argv), came)
+        sys.stderr.flush()
+    if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)   # all is done but to end the process
+    return int(status)

@@ -7,6 +7,7 @@ __all__ = ['exact_copies', 'verbatim', 'audit_space', 'nearest', 'nearer_to_trai
            'small_types', 'nearer_by_type', 'audit']
 
 # %% ../nbs/06a_privacy.ipynb #9a7058b2
+import contextlib,warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -143,19 +144,65 @@ def _align(a, genes, name):
         raise ValueError(f"{name} lacks {len(missing)} genes of the real cells (first {list(missing[:3])}) and has {len(extra)} that they lack (first {list(extra[:3])}); take the same genes on both sides")
     return a if genes.equals(a.var_names) else a[:,genes].copy()
 
+# %% ../nbs/06a_privacy.ipynb #aa228d1f
+@contextlib.contextmanager
+def _naming(name):
+    "Let errors begin with the name of a set"
+    try: yield
+    except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
+
+def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None
+
+def _read_one(a, labels, layer, round_counts):
+    "Checked counts of one set, labels as strings"
+    out = read_counts(a, layer, round_counts, drop_empty=True)
+    if labels: out.obs[labels] = np.asarray(read_labels(out, labels, few=0), str)
+    return out
+
 # %% ../nbs/06a_privacy.ipynb #86294df5
-def _read(sets, labels=None, layer=None):
-    "Checked counts of every set, genes aligned to the first, labels as strings; `synth` without the layer is read from `X`; errors name the set"
-    out = {}
+def _read(sets, labels=None, layer=None, round_counts=False):
+    "Every set, genes aligned to the first; and sentences on layers not found and cells left out"
+    read,opened,said = {},{},[]
     for name,a in sets.items():
-        try:
-            a = _open(a) if isinstance(a, (str,Path)) else a
-            out[name] = read_counts(a, None if name=='synth' and layer not in getattr(a, 'layers', ()) else layer)
-            if labels: out[name].obs[labels] = np.asarray(read_labels(out[name], labels, few=0), str)
-        except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
-        if out[name].n_obs<10: raise ValueError(f"{name} has {out[name].n_obs} cells; at least 10 are needed, and some hundreds to conclude anything")
-    genes = next(iter(out.values())).var_names
-    return {name: _align(a, genes, name) for name,a in out.items()}
+        with _naming(name): opened[name] = _open(a) if isinstance(a, (str,Path)) else a
+    found = {name: _has(a, layer) for name,a in opened.items()}
+    for name,a in opened.items():
+        other = layer is not None and not found[name] and (name=='synth' or any(found.values()))
+        with _naming(name): read[name] = _read_one(a, labels, None if other else layer, round_counts)
+        if other and name!='synth': said.append(f"{name} has no layer {layer!r}; its X is taken.")
+        n,k = read[name].n_obs,a.n_obs-read[name].n_obs
+        if n<10: raise ValueError(f"{name} has {n} cells; at least 10 are needed, and some hundreds to conclude anything")
+        if k: said.append(f"{k:,} of {a.n_obs:,} cells of {name} have no counts and are left out.")
+    genes = next(iter(read.values())).var_names
+    return {name: _align(a, genes, name) for name,a in read.items()},said
+
+# %% ../nbs/06a_privacy.ipynb #c2beda2e
+def _shared(train, held):
+    "Sentences on held-out cells that are training cells; an error if all are"
+    seen,rows = Counter(_keys(train)),_keys(held)
+    k,twins = sum(r in seen for r in rows),sum(n for n in seen.values() if n>1)
+    if k*train.shape[0]<=2*twins*len(rows): return []
+    if k==len(rows): raise ValueError(f"all {k:,} held-out cells are training cells; take real cells that the generator has not seen")
+    return [f"{k:,} of {len(rows):,} held-out cells equal a training cell, so they were not held out; leave them out of one of the two sets."]
+
+# %% ../nbs/06a_privacy.ipynb #378bf93e
+def _questions(train, held, made, normalise=lognorm, n_cells=1500, n_perm=499, level=0.05, seed=0):
+    "Answers to the four questions, beside chance"
+    z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
+    tests = {'exact copies': verbatim(train, held, made, n_perm, seed),
+             'near copies': near_copies(*z, n_perm=n_perm, seed=seed),
+             'nearer to train': nearer_to_train(*z, n_perm, seed),
+             'membership attack': membership_auc(*z, n_perm, seed)}
+    out = {k: beyond_chance(v, level/len(tests)) for k,v in tests.items()}
+    out['exact copies']['cells'] = int(((exact_copies(train, made)>=0)&(exact_copies(held, made)<0)).sum())
+    def side(v): return (v['p']<=level/len(tests))*np.sign(v['value']-(v['low']+v['high'])/2)
+    return {k: dict(v, caught=bool(side(v)>0), less=bool(side(v)<0)) for k,v in out.items()}
+
+# %% ../nbs/06a_privacy.ipynb #e36f6d43
+def _exchanged(found):
+    "A sentence, if the answers of `_questions` look as if training and held-out cells had been exchanged"
+    less = [k for k,v in found.items() if v['less']]
+    return [f"Generated cells are closer to the held-out cells than to the training cells, beyond chance ({', '.join(less)}); were the two sets exchanged?"] if less else []
 
 # %% ../nbs/06a_privacy.ipynb #b1208cce
 def audit(
@@ -168,15 +215,15 @@ def audit(
     level:float=0.05, # False alarms allowed, over all questions
     seed:int=0, # Same seed, same result
     layer:str|None=None, # Layer that holds the counts of an AnnData or file; generated cells may have theirs in `X`
-)->dict: # Question: dict of `value`, `p`, `low`, `high` and `caught`; `cells` of `exact copies` is how many generated cells equal a training cell and no held-out one
+    round_counts:bool=False, # Round values of an AnnData or file to whole numbers first?
+)->dict: # Question: dict of `value`, `p`, `low`, `high`, `caught` and `less`; `cells` of `exact copies` is how many generated cells equal a training cell and no held-out one
     "Does a generator give its training cells away?"
     if 1/(1+n_perm)>level/4: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by 4 questions; n_perm must be at least {int(np.ceil(4/level))-1}")
-    if isinstance(train, (AnnData,str,Path)): train,held,made = (a.X for a in _read(dict(train=train, held=held, synth=made), layer=layer).values())
-    z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
-    tests = {'exact copies': verbatim(train, held, made, n_perm, seed),
-             'near copies': near_copies(*z, n_perm=n_perm, seed=seed),
-             'nearer to train': nearer_to_train(*z, n_perm, seed),
-             'membership attack': membership_auc(*z, n_perm, seed)}
-    out = {k: beyond_chance(v, level/len(tests)) for k,v in tests.items()}
-    out['exact copies']['cells'] = int(((exact_copies(train, made)>=0)&(exact_copies(held, made)<0)).sum())
-    return {k: dict(v, caught=v['p']<=level/len(tests) and v['value']>(v['low']+v['high'])/2) for k,v in out.items()}
+    said = []
+    if isinstance(train, (AnnData,str,Path)):
+        sets,said = _read(dict(train=train, held=held, synth=made), None, layer, round_counts)
+        train,held,made = (a.X for a in sets.values())
+    said += _shared(train, held)
+    found = _questions(train, held, made, normalise, n_cells, n_perm, level, seed)
+    for s in said+_exchanged(found): warnings.warn(s, stacklevel=2)
+    return found

@@ -7,7 +7,7 @@ __all__ = ['Report', 'evaluate', 'plot_embedding', 'plot_types', 'plot_markers',
            'plot_zeros', 'plot_nearest', 'sweep_guidance', 'plot_guidance', 'ruin', 'ladder']
 
 # %% ../nbs/06c_report.ipynb #6c27dc66
-import base64,io
+import base64,io,warnings
 from html import escape
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -18,7 +18,7 @@ from . import __version__
 from .data import lognorm
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,coexpression,gene_metrics,library_distance,marker_agreement,
                           mmd2_sides,neighbour_metrics,per_type,permute_genes,poisson_cells,pool_pcs,rf_auc,sides,type_distance,type_f1)
-from .privacy import _align,_read,audit,audit_space,exact_copies,nearest,small_types
+from .privacy import _align,_exchanged,_questions,_read,_shared,audit_space,exact_copies,nearest,small_types
 
 # %% ../nbs/06c_report.ipynb #30b83bb9
 def _compare(real, other, labels, n_trees, n_perm, seed):
@@ -73,24 +73,51 @@ def verdict(self:Report)->str: # One or two sentences
     said = f"{k} of {n} tests {'tells' if k==1 else 'tell'} them from real cells the generator has not seen" if k else f"None of {n} tests tells them from real cells the generator has not seen"
     return said + (': '+', '.join(bad+leak) if k else '') + '.' + (f' Training cells among them, verbatim: {same}.' if same else '') + (' Training cells leak.' if leak else '')
 
+# %% ../nbs/06c_report.ipynb #085e1697
+def _like_labels(sets):
+    "Columns of `obs` of all sets that look like kinds of cells"
+    def kinds(a, c):
+        text = c in a.obs and not pd.api.types.is_numeric_dtype(a.obs[c].dtype)
+        return set(a.obs[c].dropna().astype(str)) if text else set()
+    first,*rest = sets.values()
+    def shared(c): return set.intersection(kinds(first, c), *(kinds(a, c) for a in rest))
+    return [c for c in first.obs if shared(c) and 2<=len(kinds(first, c))<=min(100, first.n_obs//2)]
+
+# %% ../nbs/06c_report.ipynb #e608cdbc
+def _not_given(sets, labels):
+    "Sentences on what training cells and labels would have added"
+    out,n,columns = [],sets['real'].n_obs,_like_labels(sets)
+    if 'train' not in sets: out.append(f"No training cells given: half of the {n} real cells are compared and the other half is the floor. "
+        "So tests have less power than with training cells, and copies of these cannot be found.")
+    if not labels and columns: out.append("No labels given: types are not compared, although all sets have "
+        f"{', '.join(map(repr, columns[:3]))} in obs; name the column as labels.")
+    return out
+
 # %% ../nbs/06c_report.ipynb #febd6931
-def _warnings(sets, metrics, types, privacy, n, labels):
-    "Sentences on what this comparison cannot show"
+def _doubts(sets, metrics, privacy, n):
+    "Sentences on what these numbers of cells, and cells that are in two sets, keep from being shown"
     out,real,synth,m = [],sets['real'],sets['synth'],metrics['RF AUC, 50 PCs']
-    if n<500: out.append(f"Only {n} cells a side: a forest's AUC up to {m['high']:.2f} cannot be told from chance, so small faults pass. Some hundreds of cells a side are needed to conclude.")
-    same = {k: int((exact_copies(real.X, a.X)>=0).sum()) for k,a in sets.items() if k!='real'}
-    if same['synth']: out.append(f"{same['synth']} of {synth.n_obs} generated cells equal one of the real cells they are compared with; were these really held out?")
-    if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training cells verbatim, and equal to no held-out cell; leave them out before you share the rest.")
-    if same.get('train'): out.append(f"{same['train']} training cells equal one of the real cells; these were not held out.")
-    if 'train' not in sets: out.append("No training cells given: the floor compares two halves of the real cells, and copies of training cells cannot be found.")
-    if not labels: return out
+    if n<500: out.append(f"Only {n} cells a side: a forest's AUC up to {m['high']:.2f} cannot be told from chance, "
+        "so small faults pass. At least 500 cells a side are needed to conclude.")
+    same = int((exact_copies(real.X, synth.X)>=0).sum())
+    if same: out.append(f"{same} of {synth.n_obs} generated cells equal one of the real cells they are compared with; "
+        "were these really held out?")
+    if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training "
+        "cells verbatim, and equal to no held-out cell; leave them out before you share the rest.")
+    return out+_exchanged(privacy)
+
+# %% ../nbs/06c_report.ipynb #3e63e9aa
+def _on_types(sets, types, labels):
+    "Sentences on types that cannot be judged"
+    out,real,synth = [],sets['real'],sets['synth']
     kinds,made = (a.obs[labels].value_counts() for a in (real,synth))
     few = types.reindex(kinds.index).loc[lambda d: d['AUC, generated'].isna(), ['real cells','generated cells']].fillna(0)
     if len(few): out.append(f"Types with fewer than 30 cells on either side of the comparison are not judged one by one: {', '.join(f'{t} ({r:.0f} real, {g:.0f} generated)' for t,r,g in few.itertuples())}.")
     for what,t in (('No generated cell is of type',kinds.index.difference(made.index)), ('Generated types that no real cell has:',made.index.difference(kinds.index))):
         if len(t): out.append(f"{what} {', '.join(t)}.")
     small = small_types(sets['train'].obs[labels]) if 'train' in sets else {}
-    if small: out.append(f"Types of fewer than 30 training cells can hardly be made without repeating them: {', '.join(small)}.")
+    if small: out.append("Types of fewer than 30 training cells can hardly be learnt; made cells may repeat them, "
+        f"or be of other types: {', '.join(small)}.")
     return out
 
 # %% ../nbs/06c_report.ipynb #2fc0cb74
@@ -114,6 +141,8 @@ def _cut(sets, n_cells, seed):
     draw = lambda a,n: a[np.sort(np.random.default_rng(seed).permutation(a.n_obs)[:n])].copy()
     real = sets['real']
     if 'train' not in sets:
+        if real.n_obs<20: raise ValueError(f"real has {real.n_obs} cells; without training cells they are halved, "
+            "so at least 20 are needed, and some hundreds to conclude anything")
         i = np.random.default_rng(seed).permutation(real.n_obs)
         sets = dict(real=real[i[::2]], synth=sets['synth'], train=real[i[1::2]])
     n = min(n_cells, *(a.n_obs for a in sets.values()))
@@ -132,7 +161,8 @@ def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     K = len(got)+4*('train' in sets)
     if 1/(1+n_perm)>level/K: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by {K} tests; n_perm must be at least {int(np.ceil(K/level))-1}")
     found = {k: _judge(k, v, level/K) for k,v in got.items()}
-    privacy = audit(sets['train'].X, sets['real'].X, sets['synth'].X, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
+    real = [sets[k].X for k in ('train','real','synth') if k in sets]
+    privacy = _questions(*real, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
     return found,privacy,scores,K
 
 # %% ../nbs/06c_report.ipynb #fbbad766
@@ -147,9 +177,11 @@ def evaluate(
     seed:int=0, # Same seed, same figures
     nulls:bool=True, # Also show what ruined real cells score
     layer:str|None=None, # Layer that holds the counts; generated cells may have theirs in `X`
+    round_counts:bool=False, # Round values to whole numbers first?
 )->Report: # Tables, figures, HTML
     "How well generated cells pass for real ones, beside floor, chance and nulls"
-    sets = _read(dict(real=real, synth=synth, **({} if train is None else dict(train=train))), labels, layer)
+    sets,said = _read(dict(real=real, synth=synth, **({} if train is None else dict(train=train))), labels, layer, round_counts)
+    said += _shared(sets['train'].X, sets['real'].X) if 'train' in sets else []
     cells = _cut(sets, n_cells, seed)
     found,privacy,scores,K = _tests(sets, cells, labels, n_trees, n_perm, seed)
     floor,floor_scores = _compare(cells['real'], cells['train'], labels, n_trees, 0, seed)
@@ -159,7 +191,25 @@ def evaluate(
     for k in scores: metrics[k]['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
     types = _by_type(*cells.values(), labels, min(n_trees, 30), seed) if labels else pd.DataFrame()
     settings = dict(n_cells=n, n_tests=K, n_genes=cells['real'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
-    return Report(metrics, types, privacy, _warnings(sets, metrics, types, privacy, n, labels), cells, settings)
+    said = _doubts(sets, metrics, privacy, n)+said+_not_given(sets, labels)+(_on_types(sets, types, labels) if labels else [])
+    return Report(metrics, types, privacy, said, cells, settings)
+
+# %% ../nbs/06c_report.ipynb #f94585d8
+def _text(names):
+    "Names, shape (n,), as matplotlib shows them letter by letter"
+    def plain(n): return ('\u200b' if n[:1] in ('','_') else '')+n.replace('$', r'\$')
+    return [plain(str(n)) for n in names]
+
+# %% ../nbs/06c_report.ipynb #0b8c627c
+def _kinds(report):
+    "Kind of each cell, real and generated"
+    labels = report.settings['labels']
+    return [report.cells[k].obs[labels].to_numpy(str) if labels else np.repeat('cells', report.cells[k].n_obs) for k in ('real','synth')]
+
+def _marks(report):
+    "Colour and number of the mark of each kind"
+    kinds = sorted(set(np.concatenate(_kinds(report))))
+    return {k: (f'C{j%10}', (j+j//10)%5) for j,k in enumerate(kinds)}
 
 # %% ../nbs/06c_report.ipynb #213d3a51
 def plot_embedding(
@@ -172,10 +222,10 @@ def plot_embedding(
     sets = [report.cells['real'],report.cells['synth']]
     z = pool_pcs(*(lognorm(a.X) for a in sets))
     z = TSNE(perplexity=min(30, len(z)/4), random_state=seed, init='pca').fit_transform(z)
-    labels = report.settings['labels']
-    kind = [a.obs[labels].to_numpy(str) if labels else np.repeat('cells', a.n_obs) for a in sets]
+    kind,marks = _kinds(report),_marks(report)
     for ax,zi,ki,name in zip(axs, np.split(z, [len(kind[0])]), kind, ('real','generated')):
-        for j,k in enumerate(sorted(set(np.concatenate(kind)))): ax.scatter(*zi[ki==k].T, s=5, color=f'C{j%10}', marker='osv^D'[(j+j//10)%5], label=k)
+        for (k,(color,m)),label in zip(marks.items(), _text(marks)):
+            ax.scatter(*zi[ki==k].T, s=5, color=color, marker='osv^D'[m], label=label)
         ax.set(title=f'{name} ({len(zi)} cells)', xticks=[], yticks=[], xlim=(z[:,0].min()-2,z[:,0].max()+2), ylim=(z[:,1].min()-2,z[:,1].max()+2))
 
 # %% ../nbs/06c_report.ipynb #e116069c
@@ -187,7 +237,7 @@ def plot_types(
     t = report.types.dropna(subset=['AUC, generated'])[::-1]
     for name,color,shift in (('generated','C1',0.2), ('control','0.7',-0.2)): axs[0].barh(np.arange(len(t))+shift, t[f'AUC, {name}'], 0.38, color=color, label='real control' if name=='control' else name)
     axs[0].axvline(0.5, c='k', lw=0.8)
-    axs[0].set(xlim=(0,1), yticks=range(len(t)), yticklabels=t.index, xlabel='AUC, 50 components', title='Forest, type by type')
+    axs[0].set(xlim=(0,1), yticks=range(len(t)), yticklabels=_text(t.index), xlabel='AUC, 50 components', title='Forest, type by type')
     axs[0].legend(loc='upper center', bbox_to_anchor=(0.5,-0.2), ncols=2, fontsize=8, frameon=False)
 
 # %% ../nbs/06c_report.ipynb #d1ec038b
@@ -207,8 +257,8 @@ def plot_markers(
     x,y = np.meshgrid(range(len(kinds)), range(len(genes)))
     for ax,(m,s),name in zip(axs, ((real,seen),made), ('real','generated')):
         ax.scatter(x, y, s=70*s[:,genes].T, c=m[:,genes].T, cmap='Reds', vmin=0, vmax=real[:,genes].max(), edgecolors='0.7', lw=0.3)
-        ax.set(title=f'markers, {name}', xticks=range(len(kinds)), yticks=range(len(genes)), yticklabels=report.cells['real'].var_names[genes])
-        ax.set_xticklabels(kinds, rotation=90)
+        ax.set(title=f'markers, {name}', xticks=range(len(kinds)), yticks=range(len(genes)), yticklabels=_text(report.cells['real'].var_names[genes]))
+        ax.set_xticklabels(_text(kinds), rotation=90)
         ax.tick_params(labelsize=min(8, 130/len(genes)))
         ax.margins(0.08, 0.06)
 
@@ -276,7 +326,7 @@ def sweep_guidance(
 )->pd.DataFrame: # A row for each label and ω, with `recognised` and `variety` as shares and `auc`
     "What ω does to cells asked for by name, equation (13)"
     from sklearn.linear_model import LogisticRegression
-    real = _read(dict(real=real), labels)['real']
+    real = _read(dict(real=real), labels)[0]['real']
     x,kind = lognorm(real.X),real.obs[labels].to_numpy(str)
     if kinds is None: kinds = [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
     judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
@@ -295,7 +345,7 @@ def plot_guidance(
     fig,axs = plt.subplots(1, 3, figsize=(8,2.3), layout='constrained')
     mean = swept.groupby('guidance')[['recognised','variety','auc']].mean()
     for ax,what in zip(axs, mean):
-        for (k,own),m in zip(swept.groupby('label'), 'osv^Dpx*'*9): ax.plot(own['guidance'], own[what], lw=0.7, marker=m, ms=3, label=k)
+        for (k,own),m in zip(swept.groupby('label'), 'osv^Dpx*'*9): ax.plot(own['guidance'], own[what], lw=0.7, marker=m, ms=3, label=_text([k])[0])
         ax.plot(mean.index, mean[what], 'k', lw=2)
         ax.axvline(0, c='lightgrey', lw=1, zorder=0)
         ax.set(xlabel=r'guidance $\omega$', title=what)
@@ -387,21 +437,35 @@ def _metric_rows(metrics, flag, word):
         rows[f'{escape(k)}<small>{_guide[k]} {gap}</small>'] = row
     return pd.DataFrame(rows).T
 
+# %% ../nbs/06c_report.ipynb #fbf132d2
+def _key(report):
+    "The marks of all kinds as HTML; nothing without labels"
+    from matplotlib.colors import to_hex
+    if not report.settings['labels']: return ''
+    def mark(color, m): return f'<span style="color:{to_hex(color)};margin:0">{"●■▼▲◆"[m]}</span>'
+    return '<p class="key">'+' '.join(f'<span>{mark(*v)} {escape(k) or "(no name)"}</span>' for k,v in _marks(report).items())+'</p>'
+
 # %% ../nbs/06c_report.ipynb #7305379b
 def _panel(report, name, dpi=130):
     "One panel as an HTML figure, an image for each of its axes"
     from matplotlib.figure import Figure
     draw,n,size,_,sentence = _panels[name]
     figs = [Figure(figsize=size, layout='constrained') for _ in range(n)]
-    axs,images,key = [f.subplots() for f in figs],'',''
+    axs,images,key = [f.subplots() for f in figs],'',_key(report) if name=='Embedding' else ''
     draw(report, axs)
     for f in figs:
         f.savefig(png := io.BytesIO(), dpi=dpi)
         images += f'<img alt="{escape(name)}: {escape(f.axes[0].get_title())}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
-    if name=='Embedding' and report.settings['labels']:
-        from matplotlib.colors import to_hex
-        key = '<p class="key">'+' '.join(f'<span><span style="color:{to_hex(h.get_facecolor()[0])};margin:0">{"●■▼▲◆"[(j+j//10)%5]}</span> {escape(t)}</span>' for j,(h,t) in enumerate(zip(*axs[0].get_legend_handles_labels())))+'</p>'
     return f'<figure{" class=w" if n>1 else ""}><div>{images}</div>{key}<figcaption><b>{escape(name)}.</b> {sentence}</figcaption></figure>'
+
+# %% ../nbs/06c_report.ipynb #01d0e0e1
+def _panel_or_why(report, name):
+    "`_panel`, or a sentence on why it cannot be drawn"
+    try: return _panel(report, name)
+    except Exception as e:
+        why = f"{name} could not be drawn: {type(e).__name__}: {e}"
+        warnings.warn(why, stacklevel=3)
+        return f'<figure><figcaption><b>{escape(why)}</b></figcaption></figure>'
 
 # %% ../nbs/06c_report.ipynb #881ae97a
 @patch
@@ -417,7 +481,7 @@ def to_html(self:Report,
     private = f'<h2>Privacy</h2><p class="n">Are generated cells closer to the training cells than to real cells the generator never saw?</p>{_table(_metric_rows(self.privacy, "caught", "leaks"))}' if self.privacy else ''
     Path(path).write_text(f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{escape(title)}</title><style>{_style}</style><h1>{escape(title)}</h1><p>{escape(note)}</p><p class="say{' bad' if bad else ''}">{escape(self.verdict())}</p>{warn}
-<h2>Where they differ</h2><div class="figs">{''.join(_panel(self, k) for k in _shown(self))}</div>
+<h2>Where they differ</h2><div class="figs">{''.join(_panel_or_why(self, k) for k in _shown(self))}</div>
 <h2>Every metric, beside real cells</h2><p class="n">{s['n_cells']} generated cells against {s['n_cells']} real ones that the generator has not seen. The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the generated ones.
 The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew; outside, it <b>differs</b> ({s['n_tests']} tests share a level of 5 %). It belongs to these two sets; the control, another pair, may lie outside. <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells, Poisson noise at the means.</p>
 {_table(_metric_rows(self.metrics, 'differs', 'differs'))}{types}{private}

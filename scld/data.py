@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from .files import _blocks,_check_stored,_check_way_round,_close,_closing,_open,_rows,_shape
+from .files import _blocks,_check_stored,_check_way_round,_closing,_open,_shape
 
 # %% ../nbs/00_data.ipynb #611b1401
 def toy_cells(

@@ -95,7 +95,7 @@ def _check_matrix(X, layer):
         raise TypeError(f"cannot read a {kind} matrix; call adata.to_memory() first")
     _shape(X)
     if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
-    if hasattr(o, 'attrs'): _check_stored(o, dense=o is X)
+    if hasattr(o, 'attrs'): _check_stored(o)
 
 # %% ../nbs/00_data.ipynb #e7438066
 def _raw(adata, layer):

@@ -123,11 +123,16 @@ def _lost(a):
     return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
 
 # %% ../nbs/00_files.ipynb #133a6ea1
-def _check_stored(o, dense=False):
-    "Refuse a matrix on disk, an array or a group of them, that unpacks to far too much or of which parts are missing"
+def _check_size(o):
+    "Refuse a matrix on disk, an array or a group of arrays, that unpacks to far too much; the arrays"
     arrays = list(_arrays(o))
     n_bytes = o.file.id.get_filesize() if hasattr(o, 'file') else sum(map(_stored_bytes, arrays))
-    _weigh(repr(o.name.strip('/')), sum(map(_size, arrays)), n_bytes, 500 if dense else 100)
+    _weigh(repr(o.name.strip('/')), sum(map(_size, arrays)), n_bytes, 100 if hasattr(o, 'keys') else 500)
+    return arrays
+
+def _check_stored(o):
+    "Refuse a matrix on disk that unpacks to far too much or of which parts are missing"
+    arrays = _check_size(o)
     n,name = next(((_lost(a),a.name.strip('/')) for a in arrays if _lost(a)), (0,''))
     why = "lost, or never written, or left out as all their values are 0, as zarr does"
     how = "write the cells anew: anndata.read_zarr(FILE).write_h5ad(NEW)"
@@ -228,7 +233,7 @@ def _frame(g, n_bytes):
 def _open_store(root, n_bytes):
     "An AnnData over an open h5ad or zarr store of `n_bytes`; its matrices stay on disk"
     from anndata.io import read_elem,sparse_dataset
-    def lazy(m): return sparse_dataset(m) if hasattr(m, 'keys') else m
+    def lazy(m): return sparse_dataset(m) if _check_size(m) and hasattr(m, 'keys') else m
     for k in ('obs','var'):
         if k not in root: raise ValueError(f"it holds no AnnData: there is no {k}")
     obs,var = _frame(root['obs'], n_bytes),_frame(root['var'], n_bytes)
@@ -437,7 +442,7 @@ def _loom_table(f, where, names):
 
 def _turned(d):
     "A matrix on disk of genes by cells as CSR, cells by genes"
-    _check_stored(d, dense=True)
+    _check_stored(d)
     step = max(2**24//max(d.shape[0], 1), 1)
     parts = [sparse.csr_matrix(_native(d[:,i:i+step].T)) for i in range(0, d.shape[1], step)]
     return sparse.vstack(parts, format='csr') if parts else sparse.csr_matrix(d.shape[::-1])
@@ -472,7 +477,7 @@ def _read_table(path):
         head = next(csv.reader(f, delimiter=sep), [])
         alone = "there is one column only; are values separated by commas (in a .tsv, by tabs)?"
         if len(head)<2: raise ValueError(alone)
-        how = dict(header=None, converters={0:str}, chunksize=max(2**22//len(head), 1), low_memory=False)
+        how = dict(header=None, converters={0:str}, chunksize=max(2**24//len(head), 1), low_memory=False)
         parts = [_table_part(df, head) for df in pd.read_csv(f, sep=sep, **how)]
     names,genes = pd.Index(np.concatenate([n for n,_,_ in parts])),parts[0][2]
     _check_rows(names, genes, f'read_counts(scanpy.read_csv(FILE, delimiter={sep!r}).T)')

@@ -9,7 +9,8 @@ __all__ = ['tenx', 'sources', 'data_home', 'fetch', 'pbmc68k', 'brain_small', 'p
 import os,shutil,tarfile,tempfile
 from pathlib import Path
 from anndata import AnnData
-from .data import _read_mtx,_weigh,filter_cells,filter_genes,read_counts
+from .data import filter_cells,filter_genes,read_counts
+from .files import _read_mtx,_weigh
 from .storage import write_bytes,write_h5ad
 
 # %% ../nbs/00b_datasets.ipynb #0e05cb4b

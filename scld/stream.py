@@ -11,7 +11,8 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import _blocks,_checked_names,_closing,_fault,_matrix,_open,_raw,_refuse,_rows,read_counts
+from .data import _checked_names,_fault,_matrix,_raw,_refuse,read_counts
+from .files import _blocks,_closing,_open,_rows
 from .storage import SparseRows,whole_h5,write_frame
 
 # %% ../nbs/00c_stream.ipynb #d92567ea

@@ -7,7 +7,7 @@ __all__ = ['toy_cells', 'check_counts', 'read_counts', 'pbmc68k_reduced', 'find_
            'top_genes', 'read_labels', 'cluster', 'library_model', 'draw_library', 'split']
 
 # %% ../nbs/00_data.ipynb #516e2692
-import logging,os,random,warnings
+import contextlib,csv,gzip,io,logging,math,os,random,re,stat,struct,subprocess,sys,warnings
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -34,79 +34,237 @@ def toy_cells(
     var = pd.DataFrame(index=[f'gene{j}' for j in range(n_genes)])
     return AnnData(sparse.csr_matrix(X, dtype=np.float32), obs=obs, var=var, varm={'profile':profile})
 
+# %% ../nbs/00_data.ipynb #d4ebadaa
+def _check_pointers(indptr, n_values, shape):
+    "Refuse the pointers of a sparse matrix that do not fit `shape`, (rows, columns), and the number of stored values"
+    p = np.asarray(indptr)
+    if p.shape!=(shape[0]+1,) or p.dtype.kind not in 'iu':
+        raise ValueError(f"a sparse matrix of {shape[0]:,} rows has {p.size:,} pointers of type {p.dtype}")
+    if p[0]!=0 or p[-1]!=n_values or (p[1:]<p[:-1]).any():
+        raise ValueError(f"pointers of a sparse matrix must rise from 0 to {n_values:,}, its number of values")
+    most = int((p[1:]-p[:-1]).max(initial=0))
+    if most>2*max(shape[1], 64): raise ValueError(f"one row of {shape[1]:,} places holds {most:,} values")
+
+# %% ../nbs/00_data.ipynb #796ae8b4
+def _compressed(kind, data, indices, indptr, shape):
+    "A sparse matrix of the class `kind`, made only if its pointers and indices stay inside it"
+    n,m = shape[::-1] if kind is sparse.csc_matrix else shape
+    if len(data)!=len(indices):
+        raise ValueError(f"a sparse matrix has {len(data):,} values but {len(indices):,} indices")
+    _check_pointers(indptr, len(data), (n,m))
+    if indices.dtype.kind not in 'iu': raise ValueError(f"the indices of a sparse matrix are of type {indices.dtype}")
+    if len(indices) and not 0<=indices.min()<=indices.max()<m:
+        raise ValueError(f"indices must be < {m} and not negative, but reach from {indices.min()} to {indices.max()}")
+    return kind((_native(data),indices,indptr), shape=shape)
+
+def _native(v): return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
+
+# %% ../nbs/00_data.ipynb #8a54fa81
+def _take(X, part, name=None):
+    "A part of the matrix `X`, or of the array `name` of a sparse matrix on disk; `OSError` if it cannot be read"
+    o = getattr(X, 'group', X)
+    try: return np.asarray(o[name][part] if name else o[part])
+    except Exception as e: raise OSError(_unread(o, e)) from e
+
+def _unread(o, e):
+    "What to say when `o`, an array or group, cannot be read"
+    if not hasattr(type(o), 'file'): return f"{getattr(o, 'store_path', 'a matrix')} cannot be read: {e}"
+    return f"{o.file.filename} cannot be read: {e}" if o else _closed
+
+_closed = "the file that holds the cells was closed; open it again, and keep it open while cells are read from it"
+
+# %% ../nbs/00_data.ipynb #bdc1d0df
+def _shape(X):
+    "The shape of a matrix, (rows, columns)"
+    o = getattr(X, 'group', X)
+    if hasattr(type(o), 'file') and not o: raise OSError(_closed)
+    return tuple(map(int, X.shape))
+
+# %% ../nbs/00_data.ipynb #e8203f15
+def _in_memory(X):
+    "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
+    if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
+    kind = sparse.csc_matrix if X.format=='csc' else sparse.csr_matrix
+    if sparse.issparse(X):
+        k = int(X.indptr[-1]) if len(X.indptr) else 0
+        arrays = X.data[:k],X.indices[:k],X.indptr
+    else: arrays = (_take(X, slice(None), a) for a in ('data','indices','indptr'))
+    return _compressed(kind, *arrays, _shape(X)).tocsr()
+
 # %% ../nbs/00_data.ipynb #af315f44
-def _rows(X, start=None, stop=None):
-    "Rows of any matrix as CSR, its structure checked"
-    B = sparse.csr_matrix(X[start:stop])
-    B.check_format(full_check=True)
-    B.sum_duplicates()
+def _rows(X, start, stop):
+    "Rows of any matrix as CSR, its structure checked before it is used"
+    if hasattr(X, 'group'):
+        p = _take(X, slice(start, stop+1), 'indptr').astype(np.int64)
+        part = slice(int(p[0]), int(p[-1]))
+        arrays = _take(X, part, 'data'),_take(X, part, 'indices'),p-p[0]
+        B = _compressed(sparse.csr_matrix, *arrays, (len(p)-1,_shape(X)[1]))
+    elif isinstance(X, np.ndarray) or hasattr(X, 'attrs'):
+        B = sparse.csr_matrix(_native(_take(X, slice(start, stop))))
+    else: B = _in_memory(X[start:stop])
+    if not B.has_canonical_format and not (B.data<0).any():
+        B = B.astype(np.float64)
+        B.sum_duplicates()
     return B
 
 # %% ../nbs/00_data.ipynb #e61d855c
 def _blocks(X, n_values=2**24):
-    "Yield the first row and the CSR block of consecutive parts of `X`, each of at most `n_values` values if it were dense"
-    if sparse.issparse(X) and hasattr(X, 'check_format'): X.check_format(full_check=True)
-    if getattr(X, 'format', '')=='csc': X = (X if sparse.issparse(X) else X.to_memory()).tocsr()
-    size = max(n_values//X.shape[1], 1)
-    for start in range(0, X.shape[0], size): yield start, _rows(X, start, start+size)
+    "Yield first row and CSR block of consecutive parts of `X`, each of at most `n_values` values if it were dense"
+    n,m = _shape(X)
+    if sparse.issparse(X) or getattr(X, 'format', '')=='csc': X = _in_memory(X)
+    elif hasattr(X, 'group'): _check_pointers(_take(X, slice(None), 'indptr'), X.group['indices'].size, (n,m))
+    size = max(n_values//max(m, 64), 1)
+    for start in range(0, n, size): yield start, _rows(X, start, min(start+size, n))
 
 # %% ../nbs/00_data.ipynb #57524e18
 _rules = {
     'NaN or infinite': lambda v: ~np.isfinite(v),
     'negative': lambda v: v<0,
+    'far too large': lambda v: v>2.**53,
     'fractional': lambda v: v!=np.floor(v)}
+
+# %% ../nbs/00_data.ipynb #eb770fd9
+def _looks(top, off, totals):
+    "What values seem to be: `top` is the largest, `off` the largest distance from a whole number, `totals` sums of cells"
+    if off<0.01: return 'nearly whole'
+    if top<15: return 'looks log-normalised'
+    return 'looks scaled to one total' if len(totals)>2 and np.ptp(totals)<1e-3*np.max(totals) else ''
 
 # %% ../nbs/00_data.ipynb #6a302106
 def _fault(blocks):
-    "The gravest broken rule in `blocks`, how many values break it, row, column and value of the first, and the largest value; None if all are counts"
-    n,first,top = dict.fromkeys(_rules, 0),{},0.
+    "The gravest broken rule, how many values break it, row, column and value of the first, what they look like; or None"
+    n,first = dict.fromkeys(_rules, 0),{}
+    top = off = 0.
+    totals = []
     for start,B in blocks:
+        top = max(top, B.data.max(initial=0))
         for what,breaks in _rules.items():
             bad = np.flatnonzero(breaks(B.data))
             n[what] += len(bad)
-            if len(bad): first.setdefault(what, (start+int(np.searchsorted(B.indptr, bad[0], 'right'))-1, int(B.indices[bad[0]]), B.data[bad[0]]))
-        top = max(top, B.data.max(initial=0))
-    return next(((what,n[what],*first[what],top) for what in _rules if what in first), None)
+            if len(bad): first.setdefault(what, _place(start, B, bad[0]))
+        if n['fractional']:
+            off = max(off, abs(B.data-np.round(B.data)).max(initial=0))
+            totals.extend(B.sum(1).A1)
+    return next(((w,n[w],*first[w],_looks(top, off, totals)) for w in _rules if w in first), None)
+
+def _place(start, B, k):
+    "Row, column and value of stored value number `k` of a block that begins at row `start`"
+    return start+int(np.searchsorted(B.indptr, k, 'right'))-1,int(B.indices[k]),B.data[k]
 
 # %% ../nbs/00_data.ipynb #676fbeee
 def _matrix(adata, layer=None):
     "The matrix of `adata` named by `layer`, of a type and shape that can be read"
-    if not isinstance(adata, AnnData): raise TypeError(f"expected an AnnData or the path of a file, got {type(adata).__name__}; wrap a matrix with anndata.AnnData(matrix)")
+    if not isinstance(adata, AnnData):
+        wrap = "wrap a matrix with anndata.AnnData(matrix)"
+        raise TypeError(f"expected an AnnData or the path of a file, got {type(adata).__name__}; {wrap}")
     layers = [k for k in adata.layers if k is not None]
     if layer is not None and layer not in layers: raise KeyError(f"no layer {layer!r}; the layers are {layers}")
-    if 0 in adata.shape: raise ValueError(f"the data has {adata.n_obs} cells and {adata.n_vars} genes; nothing to learn from")
+    n,m = adata.shape
+    if not n or not m: raise ValueError(f"the data has {n} cells and {m} genes; nothing to learn from")
     X = adata.X if layer is None else adata.layers[layer]
-    if X is None: raise ValueError(f"the data has no X; pass layer=, one of {layers}")
-    if not isinstance(X, np.ndarray) and type(X).__module__.split('.')[0] not in ('scipy','anndata','h5py','zarr'): raise TypeError(f"cannot read a {type(X).__module__}.{type(X).__name__} matrix; call adata.to_memory() first")
-    if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
+    if X is None and layers: raise ValueError(f"the data has no X; pass layer=, one of {layers}")
+    if X is None: raise ValueError("the data has no X and no layers, so no counts")
+    _check_matrix(X, layer)
     return X
 
-# %% ../nbs/00_data.ipynb #c46af50e
 def _named(layer): return 'X' if layer is None else f'layer {layer!r}'
+
+def _check_matrix(X, layer):
+    "Refuse what is no matrix of numbers, in memory or in a file of a known kind"
+    o,kind = getattr(X, 'group', X),f'{type(X).__module__}.{type(X).__name__}'
+    if not isinstance(X, np.ndarray) and kind.split('.')[0] not in ('scipy','anndata','h5py','zarr'):
+        raise TypeError(f"cannot read a {kind} matrix; call adata.to_memory() first")
+    _shape(X)
+    if X.dtype.kind not in 'biuf': raise TypeError(f"{_named(layer)} holds values of type {X.dtype}, expected numbers")
+    if hasattr(o, 'attrs'): _check_stored(o, dense=o is X)
+
+# %% ../nbs/00_data.ipynb #a1932bba
+def _weigh(what, n, n_bytes, times=100):
+    "Refuse to unpack `n` bytes out of `n_bytes` if that is more than 64 MiB and more than `times` as much"
+    most = max(2**26+times*n_bytes, int(float(os.getenv('SCLD_MAX_BYTES') or 0)))
+    how = "if you trust it, set the environment variable SCLD_MAX_BYTES to as many bytes"
+    if n>most: raise ValueError(f"{what} declares {n:,} bytes in {n_bytes:,}, where at most {most:,} are likely; {how}")
+
+# %% ../nbs/00_data.ipynb #4e819d87
+def _arrays(o, depth=5):
+    "Yield the arrays at or below `o`, an array or group of an HDF5 file or zarr store"
+    if not hasattr(o, 'keys'): yield o
+    elif not depth: raise ValueError(f"groups are nested too deep at {o.name[:60]!r}")
+    else:
+        for k in o: yield from _arrays(o[k], depth-1)
+
+def _size(a):
+    "Bytes of an array on disk, or of a part of it, once unpacked"
+    parts = (getattr(a, k, None) or () for k in ('shape','chunks','shards'))
+    return max(map(math.prod, parts))*a.dtype.itemsize
+
+# %% ../nbs/00_data.ipynb #54167300
+def _lost(a):
+    "How many parts of an array on disk are not there"
+    if hasattr(a, 'nchunks'): return a.nchunks-a.nchunks_initialized
+    if not a.shape or 0 in a.shape: return 0
+    if not a.chunks: return int(a.id.get_storage_size()==0)
+    return math.prod(-(-s//c) for s,c in zip(a.shape, a.chunks))-a.id.get_num_chunks()
+
+# %% ../nbs/00_data.ipynb #c7761f17
+def _check_stored(o, dense=False):
+    "Refuse a matrix on disk, an array or a group of them, that unpacks to far too much or of which parts are missing"
+    arrays = list(_arrays(o))
+    n_bytes = o.file.id.get_filesize() if hasattr(o, 'file') else sum(map(_stored_bytes, arrays))
+    _weigh(repr(o.name.strip('/')), sum(map(_size, arrays)), n_bytes, 500 if dense else 100)
+    n,name = next(((_lost(a),a.name.strip('/')) for a in arrays if _lost(a)), (0,''))
+    why = "lost, or never written, or left out as all their values are 0, as zarr does"
+    how = "write the cells anew: anndata.read_zarr(FILE).write_h5ad(NEW)"
+    if n: raise ValueError(f"{n:,} parts of {name!r} are missing: {why}; in that last case {how}")
+
+def _stored_bytes(a):
+    "Bytes on disk of an array of a zarr store"
+    return a.nbytes_stored() if callable(a.nbytes_stored) else a.nbytes_stored
 
 # %% ../nbs/00_data.ipynb #e7438066
 def _raw(adata, layer):
     "`adata` and a layer of it; `raw`, where no layer is called so, is `adata.raw`"
     if layer!='raw' or not isinstance(adata, AnnData) or 'raw' in adata.layers or adata.raw is None: return adata,layer
-    return AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var),None
+    return AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var, uns=_colours(adata)),None
+
+def _colours(adata):
+    "The colours of categories that scanpy keeps in `uns`"
+    return {k: np.array(adata.uns[k]) for c in adata.obs.select_dtypes('category') if (k := f'{c}_colors') in adata.uns}
+
+# %% ../nbs/00_data.ipynb #f0000001
+def _holds_counts(matrix):
+    "Does what `matrix()` returns hold counts, and not only 0 and 1?"
+    top = 0
+    try:
+        for start,B in _blocks(matrix()):
+            if _fault([(start,B)]): return False
+            top = max(top, B.data.max(initial=0))
+    except (TypeError,ValueError,OSError): return False
+    return top>1
+
+# %% ../nbs/00_data.ipynb #0c5b700f
+def _digits(v):
+    "A number with as many digits as it takes to see that it is not whole"
+    return f'{v:.9g}' if v==np.floor(v) or f'{v:.9g}'!=f'{v:.0f}' else f'{v:.17g}'
+
+def _advice(what, looks):
+    "What to do about values that break a rule, when no other matrix holds counts"
+    round_them = "if they are counts corrected for ambient RNA, or rebuilt, round them: read_counts(…, round_counts=True)"
+    if what=='fractional' and not looks.startswith('looks'): return round_them
+    return 'pass the counts as they were before anything was done to them'
 
 # %% ../nbs/00_data.ipynb #45193476
 def _refuse(adata, layer, fault):
     "Raise `ValueError` that explains `fault`; nothing happens when there is none"
     if fault is None: return
-    what,n,i,j,v,top = fault
-    others = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
-    good = ['X (layer=None)' if k is None else f'layer={k!r}' for k in others if _holds_counts(lambda: _matrix(adata, k))]
-    if adata.raw is not None and _holds_counts(lambda: adata.raw.X): good.append("layer='raw'")
-    looks = ' (looks log-normalised)' if what=='fractional' and top<15 else ''
-    hint = f"counts are in {', '.join(good)}" if good else 'pass the raw counts, or rounded ones: read_counts(…, round_counts=True)' if what=='fractional' else 'pass the raw counts'
-    raise ValueError(f"{_named(layer)} is not counts{looks}: {n:,} {what} value{'s'[:n>1]}, the first {v:g} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}; {hint}")
-
-# %% ../nbs/00_data.ipynb #f0000001
-def _holds_counts(matrix):
-    "Does what `matrix()` returns hold counts?"
-    try: return _fault(_blocks(matrix())) is None
-    except (TypeError,ValueError): return False
+    what,n,i,j,v,looks = fault
+    looks = looks if what=='fractional' else ''
+    rest = [k for k in dict.fromkeys([None,*adata.layers]) if k!=layer and (adata.X is not None or k)]
+    good = [f'layer={k!r}' if k else 'X (layer=None)' for k in rest if _holds_counts(lambda: _matrix(adata, k))]
+    if adata.raw is not None and _holds_counts(lambda: _matrix(*_raw(adata, 'raw'))): good.append("layer='raw'")
+    where = f"the first {_digits(v)} at cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}"
+    said = f"{_named(layer)} is not counts{f' ({looks})' if looks else ''}: {n:,} {what} value{'s'[:n>1]}, {where}"
+    raise ValueError(f"{said}; {'counts are in '+', '.join(good) if good else _advice(what, looks)}")
 
 # %% ../nbs/00_data.ipynb #bcc3da80
 def check_counts(
@@ -118,82 +276,358 @@ def check_counts(
     _refuse(adata, layer, _fault(_blocks(_matrix(adata, layer))))
 
 # %% ../nbs/00_data.ipynb #4c09fa9b
-def _plausible(path):
-    "Refuse an HDF5 file that declares far more values than it can hold"
+def _check_inside(f):
+    "Refuse an open HDF5 file that points outside of itself or is nested too deep"
     import h5py
-    n_bytes = path.stat().st_size
-    def check(name, d):
-        if getattr(d, 'nbytes', 0)>2**30+1000*n_bytes: raise ValueError(f"{name!r} declares {d.nbytes:,} bytes in a file of {n_bytes:,}")
-    with h5py.File(path) as f: f.visititems(check)
+    seen,todo = set(),[(f,0)]
+    while todo:
+        g,depth = todo.pop()
+        if depth>32: raise ValueError(f"groups are nested more than 32 deep, such as {g.name[:40]!r}")
+        for k in g:
+            kind = g.get(k, getlink=True)
+            if isinstance(kind, h5py.SoftLink): continue
+            if isinstance(kind, h5py.ExternalLink): raise ValueError(f"{k!r} points into another file, {kind.filename!r}")
+            o = g[k]
+            at = h5py.h5o.get_info(o.id).addr
+            if isinstance(o, h5py.Group) and at not in seen: todo.append((o,depth+1))
+            elsewhere = isinstance(o, h5py.Dataset) and (o.is_virtual or o.external)
+            if elsewhere: raise ValueError(f"the values of {k!r} are in other files")
+            seen.add(at)
+
+# %% ../nbs/00_data.ipynb #b6212888
+def _heaps(path):
+    "Yield what is in each heap of text of an HDF5 file, as bytes"
+    step = 2**24
+    with open(path, 'rb') as f:
+        for base in range(0, path.stat().st_size, step):
+            f.seek(base)
+            part = f.read(step+7)
+            at = part.find(b'GCOL')
+            while at>=0:
+                f.seek(base+at+8)
+                size = int.from_bytes(f.read(8), 'little')
+                if part[at+4:at+8]==b'\x01\0\0\0': yield f.read(max(min(size, step)-16, 0))
+                at = part.find(b'GCOL', at+1)
+
+def _adds_up(heap):
+    "Do the pieces of a heap follow one another to its end?"
+    i,end = 0,len(heap)
+    while i+16<=end:
+        number,size = struct.unpack_from('<H6xQ', heap, i)
+        step = 16+(size+7)//8*8 if number else size
+        if not 0<step<=end-i: return False
+        i += step
+    return True
+
+# %% ../nbs/00_data.ipynb #0ceacf59
+_read_all_text = """
+import h5py,sys
+def look(name, o):
+    dict(o.attrs)
+    if isinstance(o, h5py.Dataset) and o.dtype.kind=='O': o[...]
+with h5py.File(sys.argv[1]) as f:
+    f.visititems(look)
+    look('', f)
+"""
+
+def _check_heaps(path):
+    "Refuse an HDF5 file with a heap of text that the library would never come to the end of"
+    if all(map(_adds_up, _heaps(path))): return
+    try: end = subprocess.run([sys.executable,'-c',_read_all_text,path], timeout=20, capture_output=True).returncode
+    except subprocess.TimeoutExpired: end = -1
+    if end<0: raise ValueError("text in it is damaged, so that the HDF5 library fails; get the file anew")
+
+# %% ../nbs/00_data.ipynb #a8a8c7f6
+def _frame(g, n_bytes):
+    "The table `obs` or `var` at the group `g` of a store of `n_bytes`"
+    from anndata.io import read_elem
+    arrays,name = list(_arrays(g)),g.name.strip('/')
+    _weigh(repr(name), sum(map(_size, arrays)), n_bytes)
+    for a in arrays: # zarr leaves out what is 0 throughout, which numbers of categories may be, but not names
+        needed = hasattr(a, 'file') or a.name.split('/')[-1]==g.attrs.get('_index')
+        if needed and _lost(a): raise ValueError(f"a part of {a.name.strip('/')!r} was lost or never written")
+    df = read_elem(g)
+    if not isinstance(df, pd.DataFrame): raise ValueError(f"{name!r} is not a table")
+    return df.rename(columns={'_index':'index' if 'index' not in df else '_index_'})
 
 # %% ../nbs/00_data.ipynb #b4edbf40
-def _open_store(root):
-    "An AnnData over an open h5ad or zarr store; its matrices stay on disk"
+def _open_store(root, n_bytes):
+    "An AnnData over an open h5ad or zarr store of `n_bytes`; its matrices stay on disk"
     from anndata.io import read_elem,sparse_dataset
     def lazy(m): return sparse_dataset(m) if hasattr(m, 'keys') else m
+    for k in ('obs','var'):
+        if k not in root: raise ValueError(f"it holds no AnnData: there is no {k}")
+    obs,var = _frame(root['obs'], n_bytes),_frame(root['var'], n_bytes)
     layers = {k: lazy(root['layers'][k]) for k in (root['layers'] if 'layers' in root else ())}
-    raw = dict(X=lazy(root['raw/X']), var=read_elem(root['raw/var'])) if 'raw/X' in root else None
-    return AnnData(lazy(root['X']) if 'X' in root else None, obs=read_elem(root['obs']), var=read_elem(root['var']), layers=layers, raw=raw)
+    raw = dict(X=lazy(root['raw/X']), var=_frame(root['raw/var'], n_bytes)) if 'raw/X' in root else None
+    colours = [f'{c}_colors' for c in obs.select_dtypes('category')]
+    uns = {k: read_elem(root[f'uns/{k}']) for k in colours if f'uns/{k}' in root and _size(root[f'uns/{k}'])<2**20}
+    return AnnData(lazy(root['X']) if 'X' in root else None, obs=obs, var=var, layers=layers, raw=raw, uns=uns)
 
 # %% ../nbs/00_data.ipynb #4fb50748
 def _read_h5ad(path):
     import h5py
-    root = h5py.File(path)
-    return _open_store(root) if 'encoding-type' in root['obs'].attrs else read_h5ad(path)
+    root,n_bytes = h5py.File(path),path.stat().st_size
+    try:
+        _check_inside(root)
+        _check_heaps(path)
+        if 'obs' not in root or 'encoding-type' in root['obs'].attrs: return _open_store(root, n_bytes)
+        _weigh('it', sum(map(_size, _arrays(root, 9))), n_bytes)
+        root.close()
+        return read_h5ad(path)
+    except BaseException:
+        root.close()
+        raise
+
+# %% ../nbs/00_data.ipynb #be16e092
+def _close(adata):
+    "Close the HDF5 files that matrices of `adata` are read from"
+    for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
+        o = getattr(m, 'group', m)
+        if hasattr(type(o), 'file') and o: o.file.close()
+
+# %% ../nbs/00_data.ipynb #57381aed
+def _check_folder(path):
+    "Bytes of the plain files in a folder; refuses links, pipes and the like, and folders nested too deep"
+    n_bytes = 0
+    for folder,folders,files in os.walk(path):
+        if len(Path(folder).relative_to(path).parts)>32: raise ValueError("folders are nested more than 32 deep")
+        for name in files+folders:
+            s = os.lstat(f'{folder}/{name}')
+            plain = stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode)
+            if not plain: raise ValueError(f"{name!r} in it is a link or no plain file")
+            n_bytes += s.st_size
+    return n_bytes
 
 # %% ../nbs/00_data.ipynb #d9c67159
 def _read_zarr(path):
-    import zarr
-    return _open_store(zarr.open(path, mode='r'))
+    try: import zarr
+    except ImportError: raise ImportError("reading zarr stores needs one more package: pip install zarr") from None
+    return _open_store(zarr.open(path, mode='r'), _check_folder(path))
+
+# %% ../nbs/00_data.ipynb #672b3163
+def _unpacked(path):
+    "The plain file `path`, gzipped or not, opened to read its bytes"
+    if not path.is_file(): raise ValueError(f"{path.name} is no plain file")
+    with open(path, 'rb') as f: packed = f.read(2)==b'\x1f\x8b'
+    return gzip.open(path) if packed else open(path, 'rb')
+
+def _length(path):
+    "Bytes of text in a file, gzipped or not; refuses what unpacks to far too much or has no lines"
+    n,line = 0,0
+    with _unpacked(path) as f:
+        while part := f.read(2**20):
+            n += len(part)
+            line = len(part)-part.rfind(b'\n') if b'\n' in part else line+len(part)
+            _weigh(path.name, n, path.stat().st_size, 150)
+            _weigh('one line', line, 0)
+    return n
+
+# %% ../nbs/00_data.ipynb #564b6328
+def _mtx_header(path):
+    "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
+    with _unpacked(path) as f:
+        lines = iter(lambda: f.readline(2**16), b'')
+        line = next((l for l in lines if l.strip() and l[:1]!=b'%'), b'')
+    n,n_bytes = [int(v) for v in line.split()],_length(path)
+    if len(n)<2 or min(n)<0: raise ValueError(f"its header {line[:60]!r} does not give rows, columns and values")
+    rows,columns = n[:2]
+    values = n[2] if len(n)>2 else rows*columns
+    if values>rows*columns or 2*values>n_bytes or max(rows, columns)>10**6+n_bytes:
+        raise ValueError(f"its header declares {values:,} values in {rows:,} rows and {columns:,} columns, in {n_bytes:,} bytes")
+    return rows,columns
+
+def _read_matrix(path):
+    "The matrix of a Matrix Market file turned round: cells by genes, CSR"
+    from scipy.io import mmread
+    rows,columns = _mtx_header(path)
+    with _unpacked(path) as f: M = sparse.coo_matrix(mmread(f))
+    for i,n in ((M.row,rows), (M.col,columns)):
+        if len(i) and not 0<=i.min()<=i.max()<n: raise ValueError("an entry lies outside of the matrix")
+    bad = np.flatnonzero(M.data<0) if M.dtype.kind in 'if' else []
+    if len(bad):
+        k = bad[0]
+        first = f"the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}"
+        raise ValueError(f"{len(bad):,} negative values, {first}; {_advice('negative', '')}")
+    return M.T.tocsr()
+
+# %% ../nbs/00_data.ipynb #bf6049e3
+def _matrix_file(path):
+    "The Matrix Market file that `path` is, or that lies in the folder `path`"
+    if not path.is_dir(): return path
+    every = [p for p in sorted(path.iterdir()) if p.name.endswith(('.mtx','.mtx.gz'))]
+    found = [p for p in every if 'matrix.mtx' in p.name] or every
+    names,how = [p.name for p in found],'; give one of these files' if found else ''
+    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {names}{how}")
+    return found[0]
+
+def _list_beside(path, *names):
+    "Rows, as lists of fields, of the list called one of `names` that belongs to the matrix file `path`; None without one"
+    prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
+    every = [path.with_name(f'{prefix}{n}.tsv{z}') for n in names for z in ('','.gz')]
+    found = sorted((p for p in every if p.exists()), key=lambda p: (p.suffix=='.gz')!=(path.suffix=='.gz'))
+    if not found: return None
+    _length(found[0])
+    with _unpacked(found[0]) as f: rows = f.read().decode().rstrip('\r\n').split('\n')
+    return [r.rstrip('\r').split('\t') for r in rows]
+
+# %% ../nbs/00_data.ipynb #70bf2032
+def _unique(names):
+    "Names of genes, later ones of the same name with a suffix"
+    from anndata.utils import make_index_unique
+    return make_index_unique(pd.Index(list(names), dtype=str))
+
+# %% ../nbs/00_data.ipynb #44c0690a
+def _features(rows):
+    "The table of genes from a list with the columns id, name, type; or id, name; or one column of names"
+    n = min(map(len, rows))
+    if n==1: warnings.warn("the list of genes has one column: it is taken for their names", stacklevel=6)
+    var = pd.DataFrame(index=_unique(r[min(n, 2)-1] for r in rows))
+    for i,k in ((0,'gene_ids'), (2,'feature_types')):
+        if n>max(i, 1): var[k] = [r[i] for r in rows]
+    return var
+
+# %% ../nbs/00_data.ipynb #038fb570
+def _genes_only(a):
+    "`a` without what was counted beside genes"
+    types = a.var.get('feature_types', pd.Series(dtype=str)).astype(str)
+    beside = types.str.contains('Capture$|^(?:Gene Expression|Custom|Peaks)$')
+    return a[:,(types=='Gene Expression').to_numpy()].copy() if beside.any() else a
 
 # %% ../nbs/00_data.ipynb #2f4b6a5c
 def _read_mtx(path):
-    import scanpy as sc
-    folder = path if path.is_dir() else path.parent
-    found = sorted(p.name for p in (folder.glob('*matrix.mtx*') if path.is_dir() else [path]))
-    if len(found)!=1: raise FileNotFoundError(f"expected one matrix.mtx or matrix.mtx.gz in the folder, found {found}{'; give one of these files' if found else ''}")
-    return sc.read_10x_mtx(folder, prefix=found[0].split('matrix.mtx')[0])
+    "The cells of a 10x folder, or of one Matrix Market file with what lies beside it"
+    path = _matrix_file(path)
+    cells,genes = _list_beside(path, 'barcodes'),_list_beside(path, 'features', 'genes')
+    if (cells is None)!=(genes is None):
+        lost = 'barcodes.tsv' if cells is None else 'features.tsv or genes.tsv'
+        raise FileNotFoundError(f"beside {path.name} there is no {lost} (or .gz) of the same prefix")
+    X = _read_matrix(path)
+    if cells is None:
+        warnings.warn(f"beside {path.name} there are no lists of cells and genes: rows are taken for genes, "
+            "and names are numbers", stacklevel=5)
+        return AnnData(X, obs=_numbered(X.shape[0]), var=_numbered(X.shape[1]))
+    for what,n,rows in zip(('cells','genes'), X.shape, (cells,genes)):
+        if len(rows)!=n: raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
+    return _genes_only(AnnData(X, obs=pd.DataFrame(index=[r[0] for r in cells]), var=_features(genes)))
+
+def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
+
+# %% ../nbs/00_data.ipynb #68f03df2
+def _group_10x(f):
+    "The name of the group that holds the matrix of a 10x file"
+    if 'matrix' in f: return 'matrix'
+    found = [k for k in f if hasattr(f[k], 'keys') and 'indptr' in f[k] and 'barcodes' in f[k]]
+    if len(found)==1: return found[0]
+    why = "it is no file of 10x Genomics: it has no group 'matrix'"
+    if 'count' in f or 'barcode_idx' in f:
+        why = "it is a list of molecules, as in molecule_info.h5, and no matrix; give filtered_feature_bc_matrix.h5"
+    if 'obs' in f and 'var' in f: why = "it is an h5ad file; rename it so that its name ends in .h5ad"
+    if found: why = f"it holds {len(found)} genomes, {found}; choose one: scanpy.read_10x_h5(FILE, genome={found[0]!r})"
+    raise ValueError(why)
 
 # %% ../nbs/00_data.ipynb #22bf4186
 def _read_10x_h5(path):
-    import scanpy as sc
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        a = sc.read_10x_h5(path)
-    a.var_names_make_unique()
-    return a
+    import h5py
+    with h5py.File(path) as f:
+        _check_inside(f)
+        _check_heaps(path)
+        g = f[_group_10x(f)]
+        _check_stored(g)
+        m,n = map(int, g['shape'][:2])
+        X = _compressed(sparse.csr_matrix, *(g[k][...] for k in ('data','indices','indptr')), (n,m))
+        return _genes_only(AnnData(X, obs=pd.DataFrame(index=g['barcodes'].asstr()[...]), var=_table_10x(g)))
 
-# %% ../nbs/00_data.ipynb #b5868ec2
+def _table_10x(g):
+    "The table of genes of a group of a 10x file"
+    new = 'features' in g
+    columns = dict(gene_ids='features/id', feature_types='features/feature_type', genome='features/genome')
+    if not new: columns = dict(gene_ids='genes')
+    names = _unique(g['features/name' if new else 'gene_names'].asstr()[...])
+    return pd.DataFrame({c: g[k].asstr()[...] for c,k in columns.items() if k in g}, index=names)
+
+# %% ../nbs/00_data.ipynb #5e9245a3
+def _loom_table(f, where, names):
+    "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
+    g = f[where]
+    _weigh(where, sum(map(_size, _arrays(g))), f.id.get_filesize())
+    cols = {k: (v.asstr() if v.dtype.kind in 'SO' else v)[...] for k,v in g.items() if len(v.shape)==1}
+    name = next((k for k in names if k in cols), None)
+    if name is None: raise ValueError(f"it has no names, {names[0]!r}, among its {where}, which are {list(cols)}")
+    df = pd.DataFrame(cols)
+    return df.set_index(df.pop(name).astype(str).rename(None))
+
+def _turned(d):
+    "A matrix on disk of genes by cells as CSR, cells by genes"
+    _check_stored(d, dense=True)
+    step = max(2**24//max(d.shape[0], 1), 1)
+    parts = [sparse.csr_matrix(_native(d[:,i:i+step].T)) for i in range(0, d.shape[1], step)]
+    return sparse.vstack(parts, format='csr') if parts else sparse.csr_matrix(d.shape[::-1])
+
 def _read_loom(path):
-    from anndata.io import read_loom
-    try: import loompy
-    except ImportError: raise ImportError("reading loom files needs one more package: pip install 'scld[loom]'") from None
-    a = read_loom(path, X_name='')
-    for frame,names in ((a.obs,'obs_names'), (a.var,'var_names')):
-        if names in frame: frame.set_index(names, inplace=True)
-    return a
+    import h5py
+    with h5py.File(path) as f:
+        _check_inside(f)
+        _check_heaps(path)
+        obs,var = _loom_table(f, 'col_attrs', ('CellID','obs_names')),_loom_table(f, 'row_attrs', ('Gene','var_names'))
+        var.index = _unique(var.index)
+        layers = {k: _turned(f['layers'][k]) for k in (f['layers'] if 'layers' in f else ())}
+        return AnnData(_turned(f['matrix']), obs=obs, var=var, layers=layers)
 
 # %% ../nbs/00_data.ipynb #d9cf7265
 _symbols = r'ENS[A-Z]*G\d{6,}|(?i:MT)-\w|R[Pp][LSls]\d+' # Names that only genes have
+_barcodes = r'(?:.*[^A-Za-z])?[ACGT]{8,}(?:[-_.x]\w*)?' # Names that only cells have, such as AAACATACAACCAC-1
 
+def _check_way_round(cells, genes, advice):
+    "Refuse names of cells among the genes, where cells have no such names"
+    cells,genes = (pd.Index(names).astype(str) for names in (cells,genes))
+    found = genes[genes.str.fullmatch(_barcodes)]
+    if len(found)>len(genes)/2 and not cells.str.fullmatch(_barcodes).any():
+        raise ValueError(f"columns seem to be cells, such as {found[0]!r}; cells belong in rows: {advice}")
+
+# %% ../nbs/00_data.ipynb #30c0ccd3
 def _read_table(path):
-    df = pd.read_csv(path, sep='\t' if '.tsv' in path.name.lower() else ',', index_col=0)
-    text = [c for c in df if df[c].dtype.kind not in 'biuf']
-    if not df.shape[1]: raise ValueError("there is one column only; are values separated by commas (or, in a .tsv, by tabs)?")
+    "The cells of a csv or tsv file, gzipped or not"
+    sep = '\t' if '.tsv' in path.name.lower() else ','
+    _length(path)
+    with io.TextIOWrapper(_unpacked(path), encoding='utf-8-sig', newline='') as f:
+        head = next(csv.reader(f, delimiter=sep), [])
+        if len(head)<2: raise ValueError("there is one column only; are values separated by commas (in a .tsv, by tabs)?")
+        how = dict(header=None, converters={0:str}, chunksize=max(2**22//len(head), 1), low_memory=False)
+        parts = [_table_part(df, head) for df in pd.read_csv(f, sep=sep, **how)]
+    names,genes = pd.Index(np.concatenate([n for n,_,_ in parts])),parts[0][2]
+    _check_rows(names, genes, f'read_counts(scanpy.read_csv(FILE, delimiter={sep!r}).T)')
+    X = sparse.vstack([X for _,X,_ in parts], format='csr')
+    return AnnData(X, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
+
+def _check_rows(names, genes, advice):
+    "Refuse the first column of a table if it does not name cells"
+    _check_way_round(names, genes, advice)
+    found = names[names.str.match(_symbols)]
+    if len(found)>2: raise ValueError(f"rows seem to be genes, such as {found[0]!r}; cells belong in rows: {advice}")
+    if not names.is_unique and pd.to_numeric(names.to_series(), errors='coerce').notna().all():
+        raise ValueError("the first column holds numbers that repeat, not names of cells")
+
+def _table_part(df, head):
+    "Names of cells, values as CSR and names of genes, of some rows of a table with the header `head`"
+    genes = head if df.shape[1]==len(head)+1 else head[1:] # as R writes tables, without a name for the names
+    if df.shape[1]!=len(genes)+1: raise ValueError(f"the header has {len(head)} fields, rows have {df.shape[1]}")
+    if '' in genes: raise ValueError(f"column {df.shape[1]-len(genes)+1+genes.index('')} has no name")
+    text = [g for g,t in zip(genes, df.dtypes[1:]) if t.kind not in 'biuf']
     if text: raise TypeError(f"{len(text)} columns are not numbers, the first {text[0]!r}")
-    if df.index.dtype.kind in 'iuf' and not df.index.is_unique: raise ValueError("the first column holds numbers that repeat, not names of cells")
-    if df.index.astype(str).str.match(_symbols).sum()>2: raise ValueError(f"rows seem to be genes, such as {df.index[df.index.astype(str).str.match(_symbols)][0]!r}; cells belong in rows: read_counts(scanpy.read_csv(FILE).T)")
-    return AnnData(sparse.csr_matrix(df.to_numpy()), obs=pd.DataFrame(index=df.index.astype(str)), var=pd.DataFrame(index=df.columns.astype(str)))
+    return df[0].to_numpy(),sparse.csr_matrix(df.iloc[:,1:].to_numpy(np.float64)),genes
 
 # %% ../nbs/00_data.ipynb #f7e97f00
-_readers = {'.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':_read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5, '.loom':_read_loom, '.csv':_read_table, '.tsv':_read_table}
+_readers = {'.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':_read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5,
+    '.loom':_read_loom, '.csv':_read_table, '.tsv':_read_table}
 
-# %% ../nbs/00_data.ipynb #7d86941b
 def _kind(path):
     "The key of `_readers` for `path`"
     if path.is_dir(): return '.zarr' if any((path/f).exists() for f in ('.zgroup','zarr.json')) else '.mtx'
     kind = Path(path.name.lower().removesuffix('.gz')).suffix
-    if kind not in _readers: raise ValueError(f"{path} is of no known kind; expected a 10x folder or one of {', '.join(_readers)}")
+    known = ', '.join(_readers)
+    if kind not in _readers: raise ValueError(f"{path} is of no known kind; expected a 10x folder or one of {known}")
+    if not path.is_file(): raise ValueError(f"{path} is neither a file nor a folder but a pipe, a device or the like")
     return kind
 
 # %% ../nbs/00_data.ipynb #52dd4d9a
@@ -201,40 +635,84 @@ def _open(path):
     "What lies at `path`, as an AnnData whose matrices may still be on disk"
     if not (path := Path(path)).exists(): raise FileNotFoundError(f"no file or folder {path}")
     kind = _kind(path)
-    try:
-        if kind in ('.h5ad','.h5','.hdf5','.loom'): _plausible(path)
-        return _readers[kind](path)
+    try: return _readers[kind](path)
     except ImportError: raise
-    except Exception as e: raise OSError(f"{path} cannot be read as {kind}: {e}") from e
+    except Exception as e:
+        raise OSError(f"{path} cannot be read as {kind}: {e.args[0] if isinstance(e, KeyError) and e.args else e}") from e
 
 # %% ../nbs/00_data.ipynb #0ed324e9
 def read_counts(
-    data:AnnData|str|Path, # Cells by genes: an AnnData (backed or not), or a path: h5ad, zarr, 10x folder or h5, loom, csv, tsv
+    data:AnnData|str|Path, # Cells by genes: an AnnData, backed or not, or a path: h5ad, zarr, 10x folder or h5, loom, csv
     layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
     round_counts:bool=False, # Round values to whole numbers first?
     drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
-)->AnnData: # Counts in `X` (CSR float32, in memory), with copies of `obs` and `var`
+)->AnnData: # Counts in `X` (CSR float32, in memory), copies of `obs` and `var`, colours of categories in `uns`
     "Checked counts of `data`, which stays as it is; equation (2)"
-    adata = _open(data) if isinstance(data, (str,Path)) else data
+    if not isinstance(data, (str,Path)): return _counts(data, layer, round_counts, drop_empty)
+    adata = _open(data)
+    with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
+
+# %% ../nbs/00_data.ipynb #826398a1
+@contextlib.contextmanager
+def _closing(adata, path, always=True):
+    "Close the files of `adata` after an error, which gets the path in front, or always"
+    try: yield
+    except Exception as e:
+        always = True
+        if str(path) not in str(e): e.args = (f"{path}: {e.args[0] if e.args else e}",)
+        raise
+    finally:
+        if always: _close(adata)
+
+# %% ../nbs/00_data.ipynb #d34499a7
+def _counts(adata, layer, round_counts, drop_empty):
+    "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
-    X = sparse.vstack([B for _,B in _blocks(_matrix(adata, layer))], format='csr')
-    if round_counts: X.data = np.round(X.data)
-    _refuse(adata, layer, _fault([(0,X)]))
-    X = X.astype(np.float32)
-    X.eliminate_zeros()
-    keep = _checked_names(adata, np.asarray(X.sum(1)).ravel(), X.data.max(initial=0), drop_empty)
-    return AnnData(X[keep], obs=adata.obs[keep].copy(), var=adata.var.copy())
+    parts = []
+    def watch():
+        for start,B in _blocks(_matrix(adata, layer)):
+            if round_counts: B.data = np.round(B.data)
+            yield start,B
+            with np.errstate(over='ignore'): parts.append(B.astype(np.float32))
+            parts[-1].eliminate_zeros()
+    _refuse(adata, layer, _fault(watch()))
+    X = sparse.vstack(parts, format='csr')
+    library,totals = (np.asarray(X.sum(i, dtype=np.float64)).ravel() for i in (1,0))
+    keep = _checked_names(adata, library, totals, X.data.max(initial=0), drop_empty)
+    return AnnData(X[keep], obs=adata.obs[keep].copy(), var=adata.var.copy(), uns=_colours(adata))
 
 # %% ../nbs/00_data.ipynb #ee7d97bb
-def _checked_names(adata, library, top, drop_empty=False):
-    "Which cells to keep, shape (n_cells,); refuses empty cells and repeated genes, warns of what is odd"
+def _checked_names(adata, library, totals, top, drop_empty=False):
+    "Which cells to keep, shape (n_cells,); refuses empty cells and genes of one name, warns of what is odd"
     empty,twice = np.flatnonzero(library==0),adata.var_names[adata.var_names.duplicated()]
     if len(empty)==len(library): raise ValueError(f"none of {len(library):,} cells has a count: all values are 0")
-    if len(empty) and not drop_empty: raise ValueError(f"{len(empty):,} of {len(library):,} cells have no counts, the first {adata.obs_names[empty[0]]!r}; leave them out with read_counts(…, drop_empty=True)")
-    if len(twice): raise ValueError(f"{len(twice):,} gene names occur twice, the first {twice[0]!r}; call adata.var_names_make_unique()")
-    if not adata.obs_names.is_unique: warnings.warn(f"cell names are not unique, the first repeated {adata.obs_names[adata.obs_names.duplicated()][0]!r}", stacklevel=3)
-    if top>1e6: warnings.warn(f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216", stacklevel=3)
+    if len(empty) and not drop_empty:
+        first,how = adata.obs_names[empty[0]],"leave them out with read_counts(…, drop_empty=True)"
+        raise ValueError(f"{len(empty):,} of {len(library):,} cells have no counts, the first {first!r}; {how}")
+    if len(twice):
+        few = f"{len(twice):,} gene names occur twice, the first {str(twice[0])!r}"
+        raise ValueError(f"{few}; give each gene a name of its own, in Python with adata.var_names_make_unique()")
+    _check_way_round(adata.obs_names, adata.var_names, 'read_counts(adata.T)')
+    if not adata.obs_names.is_unique:
+        again = str(adata.obs_names[adata.obs_names.duplicated()][0])
+        warnings.warn(f"cell names are not unique, the first repeated {again!r}", stacklevel=4)
+    _warn_odd(library, totals, top)
     return library>0
+
+# %% ../nbs/00_data.ipynb #4c9deafd
+def _warn_odd(library, totals, top):
+    "Warn of values that are whole but hardly counts; `library` by cell, `totals` by gene, `top` the largest value"
+    twos = (library**2).sum()*(totals**2).sum()/(2*library.sum()**2)
+    mean,sd = library.mean(),library.std()
+    said = {
+        f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216": top>1e6,
+        f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: this looks like what was detected, "
+        "not like counts, and made cells will hold larger numbers; pass the counts": top==1 and twos>20,
+        f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, closer together than chance leaves counts: "
+        "values seem scaled to one total and rounded; pass the counts as they were before":
+            len(library)>=20 and mean>=10 and sd<mean**0.5/2}
+    for text,true in said.items():
+        if true: warnings.warn(text, stacklevel=5)
 
 # %% ../nbs/00_data.ipynb #97d9c580
 def pbmc68k_reduced()->AnnData: # 700 cells, 765 genes; counts in `X`, ten types in `obs["cell_type"]`
@@ -286,21 +764,31 @@ def lognorm(
     X = sparse.csr_matrix(X, dtype=np.float32)
     return (sparse.diags(target/X.sum(1).A1) @ X).log1p().tocsr().astype(np.float32)
 
+# %% ../nbs/00_data.ipynb #066bb822
+def _dispersions(X):
+    "How much each gene varies among genes of similar mean, shape (n_genes,); NaN for genes that do not vary"
+    x = lognorm(X).expm1().astype(np.float64)
+    n,mean = x.shape[0],x.mean(0).A1
+    var = (x.multiply(x).mean(0).A1-mean**2)*n/max(n-1, 1)
+    varies = (mean>0)&(var>0)
+    d = pd.Series(np.log(var, where=varies, out=np.full(len(mean), np.nan))-np.log(mean, where=varies, out=np.zeros(len(mean))))
+    similar = d.groupby(pd.cut(np.log1p(mean), 20), observed=True)
+    middle,spread = similar.transform('mean'),similar.transform('std')
+    alone = spread.isna()
+    return ((d-middle.mask(alone, 0))/spread.where(~alone, middle)).to_numpy()
+
 # %% ../nbs/00_data.ipynb #66ed8157
 def _variable(X, n):
     "Which `n` genes vary most, shape (n_genes,)"
-    import scanpy as sc
-    a = AnnData(lognorm(X))
-    sc.pp.highly_variable_genes(a)
-    best = np.argsort(-a.var['dispersions_norm'].fillna(-np.inf).to_numpy(), kind='stable')[:n]
-    return np.isin(np.arange(a.n_vars), best)
+    best = np.argsort(-np.nan_to_num(_dispersions(X), nan=-np.inf), kind='stable')[:n]
+    return np.isin(np.arange(X.shape[1]), best)
 
 # %% ../nbs/00_data.ipynb #6501863e
 def top_genes(
     adata:AnnData, # Counts in `X`
     n_top_genes:int=2000, # Genes to keep
 )->AnnData: # The same cells with the most variable genes, in their old order, a copy
-    "The most variable genes, by dispersion on scaled and logged counts (scanpy)"
+    "The most variable genes, by dispersion among genes of similar mean"
     if n_top_genes<1: raise ValueError(f"n_top_genes={n_top_genes} must be at least 1")
     return adata[:,_variable(adata.X, n_top_genes)].copy()
 
@@ -311,10 +799,11 @@ def read_labels(
     few:int=3, # Warn of labels with fewer cells; 0: never
 )->pd.Categorical: # Label of each cell, shape (n_cells,)
     "The labels in `obs[key]`, checked"
-    if key not in adata.obs: raise KeyError(f"no column {key!r} in obs; did you mean {get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'}? The columns are {list(adata.obs)}")
+    if key not in adata.obs:
+        near = get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'
+        raise KeyError(f"no column {key!r} in obs; did you mean {near}? The columns are {list(adata.obs)}")
     col = adata.obs[key]
-    if col.isna().any(): raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {adata.obs_names[col.isna()][0]!r}; drop these cells or name them")
-    if pd.api.types.is_float_dtype(col.dtype) or len(col)>20 and col.nunique()>len(col)/2: raise ValueError(f"obs[{key!r}] is {col.dtype} with {col.nunique()} values for {len(col)} cells; expected categories")
+    _check_column(col, key)
     cats = col.astype('category').cat.remove_unused_categories().cat
     unused = set(col.astype('category').cat.categories)-set(cats.categories)
     if unused: logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {min(map(str, unused))!r}")
@@ -323,6 +812,19 @@ def read_labels(
     labels = pd.Categorical.from_codes(cats.codes, names)
     _warn_small(labels, key, few)
     return labels
+
+# %% ../nbs/00_data.ipynb #1c4ccd52
+def _check_column(col, key):
+    "Refuse a column that cannot serve as labels"
+    if key=='_index': raise ValueError("h5ad files keep the name '_index' for themselves; give the column another name")
+    if col.isna().any():
+        first = col.index[col.isna()][0]
+        raise ValueError(f"obs[{key!r}] has {col.isna().sum()} missing labels, the first at cell {first!r}; drop these cells or name them")
+    if pd.api.types.is_float_dtype(col.dtype):
+        how = 'make them text: .astype(int).astype(str)' if (col==col.round()).all() else 'cut them into ranges with pandas.cut'
+        raise ValueError(f"obs[{key!r}] holds numbers with decimal points ({col.dtype}), expected categories; {how}")
+    if len(col)>20 and col.nunique()>len(col)/2:
+        raise ValueError(f"obs[{key!r}] has {col.nunique()} values for {len(col)} cells; expected categories, each of several cells")
 
 # %% ../nbs/00_data.ipynb #5d146bb3
 def _warn_small(labels, key, few):
@@ -335,25 +837,27 @@ def _warn_small(labels, key, few):
 def _pcs(X, n_hvg, n_pcs, seed):
     "A function from counts, shape (n, n_genes), to principal components of the most variable genes of `X`, shape (n, n_pcs)"
     from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
     genes = _variable(X, n_hvg) if n_hvg<X.shape[1] else slice(None)
     def values(X): return lognorm(X)[:,genes].toarray()
     v = values(X)
     mean,sd = v.mean(0),v.std(0)+1e-8
     def scaled(v): return ((v-mean)/sd).clip(-10, 10)
-    pca = PCA(min(n_pcs, *(s-1 for s in v.shape)), random_state=seed).fit(scaled(v))
-    return lambda X: pca.transform(scaled(values(X)))
+    pca = PCA(min(n_pcs, *(s-1 for s in v.shape)), random_state=seed)
+    with threadpool_limits(1, 'blas'): pca.fit(scaled(v))
+    def project(X):
+        with threadpool_limits(1, 'blas'): return pca.transform(scaled(values(X)))
+    return project
 
 # %% ../nbs/00_data.ipynb #7e3178ad
 def _louvain(pcs, n_neighbors, resolution, seed):
     "Louvain communities of the graph of nearest neighbours, shape (n_cells,)"
-    import igraph as ig
     from sklearn.neighbors import kneighbors_graph
+    from sknetwork.clustering import Louvain
     A = kneighbors_graph(pcs, min(n_neighbors, len(pcs)-1))
-    ig.set_random_number_generator(random.Random(seed))
-    g = ig.Graph(len(pcs), np.stack((A+A.T).nonzero(), 1)).simplify()
-    k = np.array(g.community_multilevel(resolution=resolution).membership)
-    ig.set_random_number_generator(random)
-    return k
+    fine = dict(tol_optimization=1e-6, tol_aggregation=1e-6)
+    search = Louvain(resolution, 'newman', **fine, shuffle_nodes=True, random_state=seed%2**32)
+    return search.fit_predict(((A+A.T)>0).astype(float))
 
 # %% ../nbs/00_data.ipynb #e44857a9
 def cluster(

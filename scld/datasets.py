@@ -9,7 +9,8 @@ __all__ = ['tenx', 'sources', 'data_home', 'fetch', 'pbmc68k', 'brain_small', 'p
 import os,tarfile,tempfile
 from pathlib import Path
 from anndata import AnnData
-from .data import _read_mtx,filter_cells,filter_genes,read_counts
+from .data import _read_mtx,_weigh,filter_cells,filter_genes,read_counts
+from .storage import write_bytes,write_h5ad
 
 # %% ../nbs/00b_datasets.ipynb #0e05cb4b
 tenx = 'https://cf.10xgenomics.com/samples/cell-exp/'
@@ -32,19 +33,23 @@ def fetch(
 )->Path: # The file
     "The file at `url`: from `folder` when it is there and unchanged, else downloaded"
     import pooch,requests
-    path,known = folder/url.rsplit('/', 1)[-1],folder/f"{url.rsplit('/', 1)[-1]}.sha256"
+    path = folder/url.rsplit('/', 1)[-1]
+    known = path.with_name(f'{path.name}.sha256')
     pooch.get_logger().setLevel('WARNING')
     get = pooch.HTTPDownloader(progressbar=progress, chunk_size=2**20)
-    try: pooch.retrieve(url, f'sha256:{known.read_text()}' if known.exists() else None, path.name, folder, downloader=get)
+    want = f'sha256:{known.read_text()}' if known.exists() else None
+    try: pooch.retrieve(url, want, path.name, folder, downloader=get)
     except requests.RequestException as e:
-        raise FileNotFoundError(f"cannot download {url} ({type(e).__name__}); put the file into {folder}, or use scld.data.pbmc68k_reduced(), 700 cells that need no download") from e
-    if not known.exists() and os.access(folder, os.W_OK): known.write_text(pooch.file_hash(str(path)))
+        else_ = f"put the file into {folder}, or use scld.data.pbmc68k_reduced(), 700 cells that need no download"
+        raise FileNotFoundError(f"cannot download {url} ({type(e).__name__}); {else_}") from e
+    if not known.exists() and os.access(folder, os.W_OK): write_bytes(known, pooch.file_hash(str(path)).encode(), True)
     return path
 
 # %% ../nbs/00b_datasets.ipynb #5f35deab
 def _read_archive(path):
     "The 10x folder inside a tar file"
     with tempfile.TemporaryDirectory() as d, tarfile.open(path) as t:
+        _weigh(Path(path).name, sum(m.size for m in t), Path(path).stat().st_size)
         t.extractall(d, filter='data')
         return _read_mtx(next(Path(d).rglob('matrix.mtx*')))
 
@@ -55,10 +60,10 @@ def _load(name, url, shape, home=None, progress=True):
     if kept.exists(): raw = kept
     else: raw = _read_archive(f) if (f := fetch(url, home, progress)).name.endswith('.tar.gz') else f
     a = filter_genes(filter_cells(read_counts(raw, drop_empty=True)))
-    if a.shape!=shape: raise ValueError(f"{name} should have {shape[0]:,} cells and {shape[1]:,} genes after the filters, but {raw if raw is kept else url} has {a.n_obs:,} and {a.n_vars:,}")
-    if not kept.exists():
-        a.write_h5ad(part := kept.with_suffix('.part'), compression='gzip')
-        part.replace(kept)
+    if a.shape!=shape:
+        got = f"{raw if raw is kept else url} has {a.n_obs:,} and {a.n_vars:,}"
+        raise ValueError(f"{name} should have {shape[0]:,} cells and {shape[1]:,} genes after the filters, but {got}")
+    if not kept.exists(): write_h5ad(a, kept, replace=True)
     return a
 
 # %% ../nbs/00b_datasets.ipynb #f93865e2

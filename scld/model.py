@@ -23,7 +23,7 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded
+from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded,steady
 from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
 from .dist import fit,processes,wait
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
@@ -54,7 +54,8 @@ defaults = dict(
     share=0.2, # Share of each batch that takes the global condition
     min_cells=5, # Labels with fewer cells cannot be asked for
     lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
-    steps=6000) # Training steps of the diffusion
+    steps=6000, # Training steps of the diffusion
+    threads=1) # Threads of each operation on the CPU while training; another number gives other weights in the last digits
 
 # %% ../nbs/05a_model.ipynb #516028bf
 configs = dict(
@@ -63,7 +64,7 @@ configs = dict(
 
 # %% ../nbs/05a_model.ipynb #884b3dbb
 ranges = dict(n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.), prior=(0.,100.), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=(1,65_536), n_emb=(2,4096),
-              dropout=(0.,0.95), T=(21,100_000), share=(0.,1.), min_cells=(1,10**9), lr=(1e-8,1.), steps=(20,10**9))
+              dropout=(0.,0.95), T=(21,100_000), share=(0.,1.), min_cells=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
 
 def _meant(name):
     "What somebody who writes `name` may be looking for"
@@ -122,7 +123,7 @@ class SCLD:
         self._name_labels(label, _colors(data, self.labels))
         means = cluster_means((lognorm(B) for _,B in _blocks(data.X)), label.codes, len(label.categories), min_cells=1)
         self._totals = totals if self.unnamed==0 else self._X[np.flatnonzero(self._label<len(self.categories))].sum(0).A1
-        with seeded(0): self._build(self._kept_means(means, label))
+        with steady(), seeded(0): self._build(self._kept_means(means, label))
 
 # %% ../nbs/05a_model.ipynb #866d1b07
 def _check_column(labels):
@@ -340,8 +341,9 @@ def train(self:SCLD,
     self.settings = dict(self.settings, steps=steps)
     rank,size = processes()
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed, processes=size)
-    with alone(None if rank else checkpoint, f"another process is training into {checkpoint}; choose another folder"):
-        kw,self.trained,self.scored,self.history = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0),False,False,pd.DataFrame()
+    with alone(None if rank else checkpoint, f"another process is training into {checkpoint}; choose another folder"), steady(threads := self.settings['threads']):
+        kw = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0, threads=threads)
+        self.trained,self.scored,self.history = False,False,pd.DataFrame()
         with seeded(seed): self._build(self.net.denoiser.means.cpu())
         self.net.to(device)
         try: self._fit_autoencoder(max(min(steps//3, 2000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
@@ -465,7 +467,8 @@ def _queue(self:SCLD, block, cond, key, threads=1, progress=False, share=(1,1)):
     "`block(rng, part)` for a share of the parts of `cond`, in order, `threads` at a time"
     parts,begun = np.split(cond, range(BLOCK, len(cond), BLOCK)),deque()
     mine = _share(len(parts), share)
-    def job(i): return block(np.random.default_rng([len(key)+1,*key,i]), parts[i])
+    def job(i):
+        with steady(): return block(np.random.default_rng([len(key)+1,*key,i]), parts[i])
     with ThreadPoolExecutor(threads) as ex, tqdm(total=sum(len(parts[i]) for i in mine), desc='sample', unit='cell', disable=not progress, file=sys.stderr) as bar:
         for i in mine:
             begun.append(ex.submit(job, i))
@@ -846,7 +849,7 @@ def _without_weights(cls, config, path):
     self.var = pd.DataFrame(config['var'], index=config['genes'])
     self._X,self._label,self.history,self.trained,self.small = None,None,pd.DataFrame(),True,{}
     try:
-        with torch.device('meta'): self._build(torch.zeros(len(self.categories)+1, len(self.genes)))
+        with steady(), torch.device('meta'): self._build(torch.zeros(len(self.categories)+1, len(self.genes)))
     except (RuntimeError,TypeError,ValueError) as e: raise ValueError(f"{path/FILES[0]} is not what a model needs: {e}") from e
     return self,config
 

@@ -11,7 +11,8 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import _blocks,_checked_names,_fault,_matrix,_open,_raw,_refuse,_rows,read_counts
+from .data import _blocks,_checked_names,_closing,_fault,_matrix,_open,_raw,_refuse,_rows,read_counts
+from .storage import SparseRows,whole_h5,write_frame
 
 # %% ../nbs/00c_stream.ipynb #d92567ea
 class CountStream:
@@ -23,19 +24,30 @@ class CountStream:
         pool:int=64, # Blocks in memory, shuffled together
     ):
         if block<1 or pool<1: raise ValueError(f"block and pool must be at least 1, got {block} and {pool}")
-        adata = _open(data) if isinstance(data, (str,Path)) else data
-        adata,layer = _raw(adata, layer)
-        self._on_disk,self.block,self.pool = _matrix(adata, layer),block,pool
-        if getattr(self._on_disk, 'format', '')=='csc': raise ValueError("the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)")
-        self.obs,self.var,self.obs_names,self.var_names,self.shape = adata.obs,adata.var,adata.obs_names,adata.var_names,adata.shape
-        self._rows_held,self._held = np.empty(0, int),None
-        self._check(adata, layer)
+        self.block,self.pool = block,pool
+        if not isinstance(data, (str,Path)): return self._look(*_raw(data, layer))
+        adata = _open(data)
+        with _closing(adata, data, always=False): self._look(*_raw(adata, layer))
+
+# %% ../nbs/00c_stream.ipynb #da81d903
+@patch
+def _look(self:CountStream, adata, layer):
+    "Take note of the matrix and the names of `adata`, and check them"
+    self._on_disk,self.shape = _matrix(adata, layer),adata.shape
+    if getattr(self._on_disk, 'format', '')=='csc':
+        how = "a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)"
+        raise ValueError(f"the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: {how}")
+    self.obs,self.var = adata.obs,adata.var
+    self.obs_names,self.var_names = adata.obs_names,adata.var_names
+    self._rows_held,self._held = np.empty(0, int),None
+    self._check(adata, layer)
 
 # %% ../nbs/00c_stream.ipynb #7183efb6
 @patch
 def _check(self:CountStream, adata, layer):
     "One pass over all values: faults, library sizes and total counts of genes"
-    library,self.gene_totals,top = [],np.zeros(self.shape[1]),[0.]
+    self.gene_totals = np.zeros(self.shape[1])
+    library,top = [],[0.]
     def watch():
         for start,B in _blocks(self._on_disk):
             library.append(B.sum(1).A1)
@@ -43,8 +55,9 @@ def _check(self:CountStream, adata, layer):
             top.append(B.data.max(initial=0))
             yield start,B
     _refuse(adata, layer, _fault(watch()))
-    self.library = np.concatenate(library).astype(np.float32)
-    _checked_names(adata, self.library, max(top))
+    library = np.concatenate(library).astype(np.float64)
+    _checked_names(adata, library, self.gene_totals, max(top))
+    self.library = library.astype(np.float32)
 
 # %% ../nbs/00c_stream.ipynb #b3b954e6
 @patch
@@ -52,9 +65,10 @@ def __getitem__(self:CountStream,
     rows, # Row numbers in any order, shape (n,), or a slice
 )->sparse.csr_matrix: # Counts, shape (n, n_genes), float32
     "Rows as CSR, from the pool when it has them all"
-    rows = np.arange(self.shape[0])[rows if isinstance(rows, slice) else np.asarray(rows, None if len(rows) else int)]
-    at = np.searchsorted(self._rows_held, rows)
-    if len(self._rows_held) and (self._rows_held[at.clip(max=len(self._rows_held)-1)]==rows).all(): return self._held[at]
+    if not isinstance(rows, slice): rows = np.asarray(rows, None if len(rows) else int)
+    rows,held = np.arange(self.shape[0])[rows],self._rows_held
+    at = np.searchsorted(held, rows)
+    if len(held) and (held[at.clip(max=len(held)-1)]==rows).all(): return self._held[at]
     return self._read(rows)
 
 # %% ../nbs/00c_stream.ipynb #b7089eb7
@@ -123,20 +137,17 @@ def write_like(
     seed:int=0, # Same seed, same cells
 ):
     "Write a file of any size, of cells drawn with replacement"
-    import h5py
-    from anndata.io import sparse_dataset,write_elem
     a,rng = read_counts(source),np.random.default_rng(seed)
     if n_genes<a.n_vars: a = a[:,np.sort(np.argsort(-a.X.sum(0).A1, kind='stable')[:n_genes])]
     a = a[a.X.sum(1).A1>0].copy()
     rows,twins = rng.integers(0, a.n_obs, n_cells),(n_genes-1-np.arange(a.n_vars))//a.n_vars+1
-    def part(i):
-        X = a.X[rows[i:i+chunk]]
-        X.indices = (X.indices+a.n_vars*rng.integers(0, twins[X.indices])).astype(np.int32)
-        return sparse.csr_matrix((X.data,X.indices,X.indptr), shape=(X.shape[0],n_genes))
-    obs,var = a.obs[['cell_type']].iloc[rows].set_index(np.arange(n_cells).astype(str)),pd.DataFrame(index=[f'g{j}' for j in range(n_genes)])
-    with h5py.File(path, 'w') as f:
-        write_elem(f, '/', AnnData(obs=obs, var=var))
-        X = part(0)
-        X.indptr = X.indptr.astype(np.int64) # Room for more than 2**31 counts
-        write_elem(f, 'X', X, dataset_kwargs=dict(compression='lzf'))
-        for i in range(chunk, n_cells, chunk): sparse_dataset(f['X']).append(part(i))
+    obs = a.obs[['cell_type']].iloc[rows].set_index(np.arange(n_cells).astype(str))
+    with whole_h5(path, replace=True) as (f,raw):
+        out = SparseRows(f.create_group('X'), (n_cells,n_genes))
+        for i in range(0, n_cells, chunk):
+            X = a.X[rows[i:i+chunk]]
+            X.indices = (X.indices+a.n_vars*rng.integers(0, twins[X.indices])).astype(np.int32)
+            out.append(X)
+            raw.check()
+        write_frame(f, AnnData(obs=obs, var=pd.DataFrame(index=[f'g{j}' for j in range(n_genes)])))
+        out.check()

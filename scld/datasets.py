@@ -6,7 +6,7 @@
 __all__ = ['tenx', 'sources', 'data_home', 'fetch', 'pbmc68k', 'brain_small', 'pbmc3k']
 
 # %% ../nbs/00b_datasets.ipynb #62592671
-import os,tarfile,tempfile
+import os,shutil,tarfile,tempfile
 from pathlib import Path
 from anndata import AnnData
 from .data import _read_mtx,_weigh,filter_cells,filter_genes,read_counts
@@ -47,11 +47,12 @@ def fetch(
 
 # %% ../nbs/00b_datasets.ipynb #5f35deab
 def _read_archive(path):
-    "The 10x folder inside a tar file"
+    "The 10x folder inside a tar file: its plain files alone, under their last names"
     with tempfile.TemporaryDirectory() as d, tarfile.open(path) as t:
         _weigh(Path(path).name, sum(m.size for m in t), Path(path).stat().st_size)
-        t.extractall(d, filter='data')
-        return _read_mtx(next(Path(d).rglob('matrix.mtx*')))
+        for m in filter(tarfile.TarInfo.isfile, t):
+            with t.extractfile(m) as src, open(Path(d, Path(m.name).name), 'wb') as to: shutil.copyfileobj(src, to)
+        return _read_mtx(next(Path(d).glob('matrix.mtx*')))
 
 # %% ../nbs/00b_datasets.ipynb #0ecf9bb7
 def _load(name, url, shape, home=None, progress=True):

@@ -24,6 +24,16 @@ def _free(out, folder=False):
 def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
 
 # %% ../nbs/08_cli.ipynb #d844c26b
+def _demo_cells(seed, t0):
+    "The cells of the demo, to learn from and to judge by"
+    from scld.data import pbmc68k_reduced,split
+    cells = pbmc68k_reduced()
+    train,test = (cells[i].copy() for i in split(cells.n_obs, (0.8,0.2), seed))
+    types = cells.obs['cell_type'].nunique()
+    _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {types} types')
+    return train,test
+
+# %% ../nbs/08_cli.ipynb #741b1887
 def demo(
     out:str='demo', # Folder for the results; must be new or empty
     steps:int=2000, # Training steps of the diffusion
@@ -32,16 +42,11 @@ def demo(
 ):
     "Train on 700 real cells, make new ones, show how good they are"
     t0,out = time.time(),_free(out, folder=True)
-    import numpy as np
-    from scld.data import pbmc68k_reduced,split
     from scld.model import SCLD
     from scld.report import evaluate
     from scld.storage import whole_folder,write_h5ad
     with whole_folder(out) as tmp:
-        cells = pbmc68k_reduced()
-        train,test = (cells[i].copy() for i in split(np.zeros(cells.n_obs), (0.8,0.2), seed))
-        types = cells.obs['cell_type'].nunique()
-        _say(t0, f'{train.n_obs} real cells to learn from, {test.n_obs} held out, {cells.n_vars} genes, {types} types')
+        train,test = _demo_cells(seed, t0)
         model = SCLD(train, labels='cell_type').train(steps=steps, seed=seed)
         model.save(tmp/'model')
         synth = model.sample(train.n_obs, seed=seed)
@@ -136,7 +141,7 @@ def fit(
     steps:int=None, # Training steps of the diffusion
     drop_empty:bool=False, # Leave out cells without counts?
     round_counts:bool=False, # Round values to whole numbers first?
-    threads:int=None, # Threads of the processor to use
+    threads:int=1, # Threads of the processor for each operation; another number gives another model
     seed:int=0, # Same seed, same model
     resume:bool=False, # Go on with a run that was interrupted?
 ):
@@ -145,16 +150,16 @@ def fit(
     out = _free(out)
     run = _run_folder(out)
     if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
-    import torch
     from scld.data import read_counts
     from scld.dist import processes
     from scld.model import SCLD
-    if threads: torch.set_num_threads(threads)
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
-    model = SCLD(data, layer, labels, **presets[preset])
+    model = SCLD(data, layer, labels, **presets[preset], threads=threads)
     print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
     model.train(steps=steps, seed=seed, checkpoint=run, resume=resume).save(out)
-    if processes()[0]==0: _clear(run); print(out)
+    if processes()[0]: return
+    _clear(run)
+    print(out)
 
 # %% ../nbs/08_cli.ipynb #8d89a0f6
 def sample(
@@ -260,10 +265,10 @@ _options = { # What the library advises: what to do on the command line
     r'choose another (name|folder)\b': 'choose another --out',
     r'name the column as labels': 'name the column with --labels',
     r"load the model with device='cpu'": 'set CUDA_VISIBLE_DEVICES= to work on the CPU',
-    r'(call|in Python with) adata\.var_names_make_unique\(\)':
+    r'in Python with adata\.var_names_make_unique\(\)':
         'as in: '+_python(f"{_read_file}; a.var_names_make_unique(); {_write_file}"),
     r'read_counts\(adata\.T\)': _python(f"{_read_file}.T; {_write_file}"),
-    r"read_counts\((scanpy\.read_\w+)\(FILE(.*?)\)(\.T)?\)": _python(rf"a = \1('FILE'\2)\3; {_write_file}"),
+    r"(?:read_counts\()?(scanpy\.read_\w+)\(FILE(, [^)]*)?\)(\.T)?\)?": _python(rf"a = \1('FILE'\2)\3; {_write_file}"),
     r'anndata\.read_zarr\(FILE\)\.write_h5ad\(NEW\)': _python(f"a = anndata.read_zarr('FILE'); {_write_file}"),
     r'adata\.obs\.rename\(columns=(\{.*?\})\)': _python(rf"{_read_file}; a.obs = a.obs.rename(columns=\1); {_write_file}")}
 
@@ -354,7 +359,7 @@ def _signals():
         for n,f in before.items(): signal.signal(n, f)
 
 # %% ../nbs/08_cli.ipynb #d76f059c
-_bounds = dict(n=(1,10**12), trees=(1,10**5), threads=(1,4096), seed=(0,2**32-1)) # Lowest and highest, by option
+_bounds = dict(n=(1,10**8), trees=(1,10**5), threads=(1,4096), seed=(0,2**32-1)) # Lowest and highest, by option
 
 def _run(name, *argv):
     "Call the command `name` with its arguments; returns its exit status"

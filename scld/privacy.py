@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
-from .data import _open,lognorm,read_counts,read_labels
+from .data import _close,_open,lognorm,read_counts,read_labels
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
 # %% ../nbs/06a_privacy.ipynb #8aec566c
@@ -149,7 +149,19 @@ def _align(a, genes, name):
 def _naming(name):
     "Let errors begin with the name of a set"
     try: yield
-    except (ValueError,KeyError,TypeError,OSError) as e: raise type(e)(f"{name}: {e.args[0]}") from None
+    except KeyError as e: raise KeyError(f"{name}: {e.args[0]}") from None
+    except (ValueError,TypeError,OSError) as e: raise type(e)(f"{name}: {e}") from None
+
+@contextlib.contextmanager
+def _all_open(sets):
+    "The sets, those that are files opened, and closed in the end"
+    with contextlib.ExitStack() as stack:
+        opened = dict(sets)
+        for name,a in sets.items():
+            if not isinstance(a, (str,Path)): continue
+            with _naming(name): opened[name] = _open(a)
+            stack.callback(_close, opened[name])
+        yield opened
 
 def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None
 
@@ -162,10 +174,13 @@ def _read_one(a, labels, layer, round_counts):
 # %% ../nbs/06a_privacy.ipynb #86294df5
 def _read(sets, labels=None, layer=None, round_counts=False):
     "Every set, genes aligned to the first; and sentences on layers not found and cells left out"
-    read,opened,said = {},{},[]
-    for name,a in sets.items():
-        with _naming(name): opened[name] = _open(a) if isinstance(a, (str,Path)) else a
-    found = {name: _has(a, layer) for name,a in opened.items()}
+    with _all_open(sets) as opened: read,said = _read_open(opened, labels, layer, round_counts)
+    genes = next(iter(read.values())).var_names
+    return {name: _align(a, genes, name) for name,a in read.items()},said
+
+def _read_open(opened, labels, layer, round_counts):
+    "`_read` for sets that are open, without the genes"
+    read,said,found = {},[],{name: _has(a, layer) for name,a in opened.items()}
     for name,a in opened.items():
         other = layer is not None and not found[name] and (name=='synth' or any(found.values()))
         with _naming(name): read[name] = _read_one(a, labels, None if other else layer, round_counts)
@@ -173,8 +188,7 @@ def _read(sets, labels=None, layer=None, round_counts=False):
         n,k = read[name].n_obs,a.n_obs-read[name].n_obs
         if n<10: raise ValueError(f"{name} has {n} cells; at least 10 are needed, and some hundreds to conclude anything")
         if k: said.append(f"{k:,} of {a.n_obs:,} cells of {name} have no counts and are left out.")
-    genes = next(iter(read.values())).var_names
-    return {name: _align(a, genes, name) for name,a in read.items()},said
+    return read,said
 
 # %% ../nbs/06a_privacy.ipynb #c2beda2e
 def _shared(train, held):

@@ -316,7 +316,7 @@ def plot_nearest(
 
 # %% ../nbs/06c_report.ipynb #4ee7693b
 def sweep_guidance(
-    model, # What makes cells by `sample({label: n}, guidance=…, seed=…)`
+    model, # What makes cells by `sample({label: n}, guidance=…, floor=0, seed=…)`
     real:AnnData, # Real cells that it has not seen; counts in `X`
     labels:str, # Column of `obs`
     kinds:tuple|None=None, # Labels to ask for; those with at least 20 real cells if absent
@@ -332,9 +332,16 @@ def sweep_guidance(
     judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
     def variance(y): return float((y.multiply(y).mean(0)-np.square(y.mean(0))).sum())
     def turn(k, w):
-        y = lognorm(_align(model.sample({k: own[k].shape[0]}, guidance=w, seed=seed), real.var_names, 'the model').X)
+        y = lognorm(_align(_ask(model, k, own[k].shape[0], w, seed), real.var_names, 'the model').X)
         return dict(label=k, guidance=w, recognised=(judge.predict(y)==k).mean(), variety=variance(y)/variance(own[k]), auc=rf_auc(own[k], y, 'pcs-5fold', n_trees, seed).mean())
     return pd.DataFrame([turn(k, w) for k in kinds for w in guidances])
+
+# %% ../nbs/06c_report.ipynb #169f5501
+def _ask(model, label, n, guidance, seed):
+    "Cells of a label, however little they are like it, which is what the table shows"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        return model.sample({label: n}, guidance=guidance, floor=0, seed=seed)
 
 # %% ../nbs/06c_report.ipynb #8d76fc44
 def plot_guidance(

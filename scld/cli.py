@@ -90,7 +90,7 @@ def split(
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
     rows = deal(cells.n_obs if kind is None else kind, (1-test,test), seed, group)
     with whole_folder(out) as tmp:
-        for name,i in zip(('train','test'), rows): write_h5ad(cells[i], tmp/f'{name}.h5ad')
+        for name,i in zip(('train','test'), rows): write_h5ad(cells[i], tmp/f'{name}.h5ad', compression='gzip')
     for name in ('train','test'): print(out/f'{name}.h5ad')
 
 # %% ../nbs/08_cli.ipynb #a51bb300
@@ -320,17 +320,11 @@ def _streams():
         finally: sys.stdout,sys.stderr = before
 
 # %% ../nbs/08_cli.ipynb #77b361f0
-def _within(frame, kind):
-    "Is a method of the class of the name `kind` running?"
-    while frame and type(frame.f_locals.get('self')).__name__!=kind: frame = frame.f_back
-    return frame is not None
-
 class _Stopper:
     "What a command does about signals; `came` holds the number of the one that ends it"
     def __init__(self): self.came,self.last,self.timers,self.hook = [],-9.,[],sys.unraisablehook
     def stop(self, n, frame):
         if time.monotonic()-self.last<5: return
-        if _within(frame, 'WatchedFile'): return self.later(n)
         self.last = time.monotonic()
         self.came.append(n)
         raise KeyboardInterrupt('stopped')

@@ -24,8 +24,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
 from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded,steady
-from .data import _blocks,cluster,library_model,lognorm,read_counts,read_labels,split
+from .data import cluster,library_model,lognorm,read_counts,read_labels,split
 from .dist import fit,processes,wait
+from .files import _blocks
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import (Labeller,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real,shrunk,too_few)
@@ -664,13 +665,13 @@ def _write(self:SCLD, out, blocks, how, first, label, part):
     mine = _share(-(-len(label)//BLOCK), part)
     n = min(mine.stop*BLOCK, len(label))-mine.start*BLOCK
     small = []
-    with whole_h5(out) as (f,raw), closing(blocks):
+    with whole_h5(out) as (f,check), closing(blocks):
         rows = SparseRows(f.create_group('X'), (n,len(self.genes)))
         latents = f.create_dataset('latents', (n,self.settings['n_latent']+1), np.float32, fletcher32=True, chunks=True)
         for X,z,score,name in blocks:
             latents[rows.rows:rows.rows+len(z)] = z
             rows.append(X)
-            raw.check()
+            check()
             small.append((score,name))
         score,name = map(np.concatenate, zip(*small))
         write_frame(f, self._anndata(None, None, score, name, how, BLOCK*first))

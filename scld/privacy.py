@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
-from .data import _close,_open,lognorm,read_counts,read_labels
+from .data import lognorm,read_counts,read_labels
+from .files import _close,_open
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
 # %% ../nbs/06a_privacy.ipynb #8aec566c

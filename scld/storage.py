@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['beside', 'to_disk', 'is_taken', 'give_name', 'tidy_signals', 'undisturbed', 'whole_file', 'write_bytes',
-           'WatchedFile', 'whole_h5', 'SparseRows', 'write_frame', 'write_h5ad', 'exchange', 'alone', 'check_ours',
-           'whole_folder', 'read_files', 'sha256']
+           'held_signals', 'WatchedFile', 'whole_h5', 'SparseRows', 'write_frame', 'write_h5ad', 'exchange', 'alone',
+           'check_ours', 'whole_folder', 'read_files', 'sha256']
 
 # %% ../nbs/00a_storage.ipynb #ac1da902
 import contextlib,ctypes,hashlib,io,json,os,shutil,signal,stat,threading
@@ -108,6 +108,27 @@ def write_bytes(
     "Write a file whole"
     with whole_file(path, replace) as tmp: tmp.write_bytes(data)
 
+# %% ../nbs/00a_storage.ipynb #a23d3dea
+@contextlib.contextmanager
+def held_signals():
+    "Hold back Ctrl-C, SIGTERM and SIGHUP; yields a function that gives way to one that came, as does the end"
+    mine = threading.current_thread() is threading.main_thread()
+    ends = [getattr(signal, k) for k in ('SIGINT','SIGTERM','SIGHUP') if mine and hasattr(signal, k)]
+    before,came = {n: signal.getsignal(n) for n in ends},[]
+    def answer(n, frame):
+        if callable(before[n]): before[n](n, frame)
+        elif before[n] is not signal.SIG_IGN: raise SystemExit(128+n)
+    def hold(n, frame):
+        came.append(n)
+        if len(came)>2: answer(n, frame)
+    def give_way():
+        if came: answer(came.pop(0), None)
+    for n in before: signal.signal(n, hold)
+    try: yield give_way
+    finally:
+        for n,f in before.items(): signal.signal(n, f)
+    give_way()
+
 # %% ../nbs/00a_storage.ipynb #a106ec76
 class WatchedFile(io.FileIO):
     "A new file that remembers the first error of writing, for a library that cannot bear one"
@@ -117,8 +138,7 @@ class WatchedFile(io.FileIO):
     ): super().__init__(path, 'x+')
     def check(self):
         "Raise the error that was remembered"
-        if isinstance(self.error, OSError): raise OSError(self.error.errno, self.error.strerror)
-        if self.error: raise self.error
+        if self.error: raise OSError(self.error.errno, self.error.strerror)
 
 # %% ../nbs/00a_storage.ipynb #5ee81069
 @patch
@@ -129,7 +149,7 @@ def write(self:WatchedFile,
     rest = memoryview(data).cast('B')
     try:
         while len(rest) and not self.error: rest = rest[super(WatchedFile, self).write(rest):]
-    except BaseException as e: self.error = e
+    except OSError as e: self.error = e
     return memoryview(data).nbytes
 
 # %% ../nbs/00a_storage.ipynb #4e978bc1
@@ -139,7 +159,7 @@ def truncate(self:WatchedFile,
 )->int: # The size
     "Cut or extend the file, or remember why not"
     try: return super(WatchedFile, self).truncate(size)
-    except BaseException as e: self.error = self.error or e
+    except OSError as e: self.error = self.error or e
     return size or 0
 
 # %% ../nbs/00a_storage.ipynb #b19614a0
@@ -159,10 +179,17 @@ def whole_h5(
     path:str|Path, # The file to make
     replace:bool=False, # Replace a file that is there?
 ):
-    "An open HDF5 file, and the `WatchedFile` below it to `check` after each part; it becomes `path` once complete"
+    "An open HDF5 file, and a function to call after each part, which raises errors; it becomes `path` once complete"
     import h5py
-    with whole_file(path, replace) as tmp, WatchedFile(tmp) as raw:
-        with h5py.File(raw, 'w') as f: yield f,raw
+    with whole_file(path, replace) as tmp, WatchedFile(tmp) as raw, held_signals() as give_way:
+        def check():
+            raw.check()
+            give_way()
+        try:
+            with h5py.File(raw, 'w') as f: yield f,check
+        except Exception:
+            raw.check()   # what HDF5 says of a file that it could not write is of no use
+            raise
         raw.check()
 
 # %% ../nbs/00a_storage.ipynb #170c093b
@@ -240,11 +267,11 @@ def write_h5ad(
 ):
     "Write cells whole: every error is raised, and what was written is compared with what was given"
     from scipy import sparse
-    with whole_h5(path, replace) as (f,raw):
+    with whole_h5(path, replace) as (f,check):
         rows = SparseRows(f.create_group('X'), adata.shape, compression=compression)
         for i in range(0, adata.n_obs, chunk):
             rows.append(sparse.csr_matrix(adata.X[i:i+chunk]))
-            raw.check()
+            check()
         write_frame(f, adata)
         rows.check()
 

@@ -143,12 +143,12 @@ def write_like(
     a = a[a.X.sum(1).A1>0].copy()
     rows,twins = rng.integers(0, a.n_obs, n_cells),(n_genes-1-np.arange(a.n_vars))//a.n_vars+1
     obs = a.obs[['cell_type']].iloc[rows].set_index(np.arange(n_cells).astype(str))
-    with whole_h5(path, replace=True) as (f,raw):
+    with whole_h5(path, replace=True) as (f,check):
         out = SparseRows(f.create_group('X'), (n_cells,n_genes))
         for i in range(0, n_cells, chunk):
             X = a.X[rows[i:i+chunk]]
             X.indices = (X.indices+a.n_vars*rng.integers(0, twins[X.indices])).astype(np.int32)
             out.append(X)
-            raw.check()
+            check()
         write_frame(f, AnnData(obs=obs, var=pd.DataFrame(index=[f'g{j}' for j in range(n_genes)])))
         out.check()

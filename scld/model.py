@@ -589,7 +589,7 @@ def _unlike(self:SCLD, n, seen, share=0.8):
     bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], share*self.cells['real'].iloc[k])]
     said = [self._recognised(k, n, seen) for k in bad[:5]]+['…'][:len(bad)>5]
     few = f"made cells of {len(bad)} of {np.count_nonzero(n)} labels are less like their label than real cells are"
-    if bad: warnings.warn(f"{few}; a classifier of expression recognises as {'; as '.join(said)}", stacklevel=2)
+    if bad: warnings.warn(f"{few}; a classifier of expression recognises as {'; as '.join(said)}", stacklevel=5)
 
 # %% ../nbs/05a_model.ipynb #f0a5e003
 @patch

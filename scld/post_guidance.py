@@ -7,7 +7,7 @@ __all__ = ['Scorer', 'fit_scorer', 'keep_best', 'candidates', 'telling_genes', '
            'shrunk', 'too_few']
 
 # %% ../nbs/05_post_guidance.ipynb #e9b62c18
-import math
+import math,warnings
 from collections import Counter
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -90,7 +90,9 @@ def telling_genes(
 )->np.ndarray: # Their columns, sorted
     "Genes that differ most between types, by the F statistic"
     from sklearn.feature_selection import f_classif
-    with np.errstate(all='ignore'): F,_ = f_classif(x, code)
+    with np.errstate(all='ignore'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # of genes without any count, which vary nowhere
+        F,_ = f_classif(x, code)
     return np.sort(np.argsort(-np.nan_to_num(F, nan=0., posinf=1e30), kind='stable')[:n_read])
 
 # %% ../nbs/05_post_guidance.ipynb #b2172103

@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from .storage import write_bytes
+from .storage import held_signals,write_bytes
 
 # %% ../nbs/01_autoencoder.ipynb #9c2ced91
 _one_at_a_time = threading.RLock() # torch has one stream of random numbers for all threads
@@ -487,17 +487,6 @@ def finish(self:_Run):
     history.looks = self.best.looks if self.best else []
     return history
 
-# %% ../nbs/01_autoencoder.ipynb #8d46aeb3
-@contextlib.contextmanager
-def _between_steps():
-    "A list that is no longer empty once Ctrl-C was pressed"
-    asked = []
-    if threading.current_thread() is not threading.main_thread(): yield asked; return
-    def hold(*_): asked.append(True); signal.signal(signal.SIGINT, before)
-    before = signal.signal(signal.SIGINT, hold)
-    try: yield asked
-    finally: signal.signal(signal.SIGINT, before)
-
 # %% ../nbs/01_autoencoder.ipynb #b8b49a57
 def fit(
     model:nn.Module, # Network to train, in place
@@ -520,7 +509,7 @@ def fit(
     run = _Run(model, lr, steps, ema, validate, patience, desc)
     start = run.unpack(*saved) if checkpoint and (saved := checkpoint.read()) else 0
     order = n.batches(batch_size, steps, seed, start) if hasattr(n, 'batches') else batches(n, batch_size, steps, seed, start)
-    with torch_threads(threads), _between_steps() as asked:
+    with torch_threads(threads), held_signals(1) as (give_way,asked):
         for step,idx in enumerate(bar := tqdm(order, total=steps, initial=start, desc=desc, disable=not progress, file=sys.stderr, mininterval=1), start):
             model.train()
             with seeded(seed, step): value = loss(idx)
@@ -529,7 +518,9 @@ def fit(
             ended = step+1==steps
             if validate and ((step+1)%every==0 or ended): ended = run.best.look(model) or ended
             if checkpoint and (ended or asked or (step+1)%checkpoint.every==0): checkpoint.write(*run.pack(ended))
-            if asked: run.finish(); raise KeyboardInterrupt(f'{run.desc} was stopped after step {step+1} of {steps}')
+            if asked: run.finish()
+            if signal.SIGINT in asked: raise KeyboardInterrupt(f'{run.desc} was stopped after step {step+1} of {steps}')
+            give_way()
             if ended and step+1<steps: break
     return run.finish()
 

@@ -110,21 +110,24 @@ def write_bytes(
 
 # %% ../nbs/00a_storage.ipynb #a23d3dea
 @contextlib.contextmanager
-def held_signals():
-    "Hold back Ctrl-C, SIGTERM and SIGHUP; yields a function that gives way to one that came, as does the end"
+def held_signals(
+    most:int=2, # Signals to hold back; those after are heeded at once
+):
+    "Hold back Ctrl-C, SIGTERM and SIGHUP; yields a function that gives way to them, as does the end, and their list"
     mine = threading.current_thread() is threading.main_thread()
     ends = [getattr(signal, k) for k in ('SIGINT','SIGTERM','SIGHUP') if mine and hasattr(signal, k)]
-    before,came = {n: signal.getsignal(n) for n in ends},[]
+    before = {n: f for n in ends if (f := signal.getsignal(n)) not in (None,signal.SIG_IGN)}
+    came = []
     def answer(n, frame):
-        if callable(before[n]): before[n](n, frame)
-        elif before[n] is not signal.SIG_IGN: raise SystemExit(128+n)
+        if before[n] is signal.SIG_DFL: raise SystemExit(128+n)
+        before[n](n, frame)
     def hold(n, frame):
         came.append(n)
-        if len(came)>2: answer(n, frame)
+        if len(came)>most: answer(n, frame)
     def give_way():
         if came: answer(came.pop(0), None)
     for n in before: signal.signal(n, hold)
-    try: yield give_way
+    try: yield give_way,came
     finally:
         for n,f in before.items(): signal.signal(n, f)
     give_way()
@@ -181,7 +184,7 @@ def whole_h5(
 ):
     "An open HDF5 file, and a function to call after each part, which raises errors; it becomes `path` once complete"
     import h5py
-    with whole_file(path, replace) as tmp, WatchedFile(tmp) as raw, held_signals() as give_way:
+    with whole_file(path, replace) as tmp, WatchedFile(tmp) as raw, held_signals() as (give_way,_):
         def check():
             raw.check()
             give_way()

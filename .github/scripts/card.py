@@ -26,7 +26,7 @@ from scld.diffusion import NoiseSchedule, linear_betas
 from scld.metrics import mmd2_sides, pool_pcs, rf_auc, sides
 from scld.post_guidance import Scorer, candidates, keep_best
 from scld.pre_guidance import Denoiser, cluster_means, global_slot
-from scld.unet import UNet
+from scld.unet import Conv, UNet
 
 SETS = 'zheng17_sorted','neurons10k'
 TOTAL,T,N = 20_000,1000,1500 # Sum of a scaled cell, steps of the chain, cells to make and judge
@@ -211,6 +211,24 @@ def own_dropout(net, gen):
             if isinstance(child, nn.Dropout): setattr(m, k, Drop(child.p, gen))
     return net
 
+def by_products(self, h):
+    "The convolution of `scld.unet.Conv` as one matrix product over three neighbours: the same function of the same weights"
+    p = F.pad(h, (0,0,1,1))
+    return F.linear(torch.cat([p[:,:-2],p[:,1:-1],p[:,2:]], -1), self.weight.permute(0, 2, 1).flatten(1), self.bias)
+
+def faster_convolution(ctx):
+    "Time both forms once, forwards and backwards, and keep the faster one"
+    conv,h = Conv(448, 256).to(ctx.dev),torch.randn(128, 128, 448, device=ctx.dev, requires_grad=True)
+    def seconds(f):
+        for i in range(25):
+            if i==5: torch.cuda.synchronize(); t = time.time()
+            torch.autograd.grad(f(conv, h).square().mean(), [h,*conv.parameters()])
+        torch.cuda.synchronize()
+        return (time.time()-t)/20
+    library,products = seconds(Conv.forward),seconds(by_products)
+    ctx.say(f'convolution: {1e3*library:.2f} ms as it is, {1e3*products:.2f} ms as a product')
+    if products<library: Conv.forward = by_products
+
 def generator(ctx, *key):
     "A stream of random numbers of its own"
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], 'big')
@@ -269,7 +287,7 @@ def autoencoder(ctx, data, scale, n_latent, seed, oracles=()):
     params,opt = optimiser(torch.optim.AdamW, ae, 1e-3)
     n = ctx.a.ae_steps
     def step():
-        b = x[randint(len(x), 128, gen)]/unit
+        b = x[randint(len(x), 256, gen)]/unit
         downhill(params, opt, F.mse_loss(ae(b), b))
         fall(opt, 0.01**(1/n))
     repeat,done,name = Repeat(step, gen),3,f'{data}-ae-{scale}-{n_latent}-{seed}'
@@ -339,7 +357,8 @@ def paper(ctx, data, scale, n_latent, backbone, labels, seed):
     ae = yield from shared_autoencoder(ctx, data, scale, n_latent, seed)
     gen,s,t = generator(ctx, 'paper', data, scale, n_latent, backbone, labels, seed),schedule(ctx),time.time()
     label,K = ctx.label[data],len(CELLS[data].kinds)
-    unet = own_dropout(UNet(n_latent, tuple(ctx.a.widths), 128, 0.1, backbone), gen).to(ctx.dev)
+    unet = UNet(n_latent, tuple(ctx.a.widths), 128, 0.1, backbone).to(ctx.dev)
+    if backbone=='mlp': own_dropout(unet, gen) # One lane has convolutions, so their dropout may use the one stream of torch
     net = unet
     if labels:
         x = scaled(CELLS[data].train)
@@ -422,7 +441,8 @@ def gan(ctx, data, conditional, seed, variant, milestones):
         real,kind = x[i]*(total/TOTAL),label[i]
         with torch.no_grad(): fake = G(randn(128, 128, gen=gen), kind)
         u = torch.rand(128, 1, generator=gen, device=ctx.dev)
-        downhill(pd, od, (D(fake, kind)-D(real, kind)).mean()+10*gradient_penalty(lambda v: D(v, kind), real, fake, u))
+        made,seen = D(torch.cat([fake,real]), torch.cat([kind,kind])).chunk(2)
+        downhill(pd, od, (made-seen).mean()+10*gradient_penalty(lambda v: D(v, kind), real, fake, u))
     def step():
         for _ in range(5): critic()
         kind = label[randint(n, 128, gen)]
@@ -493,7 +513,7 @@ def latent(ctx, data, seed, milestones):
     pa,oa = optimiser(torch.optim.AdamW, ae, 5e-4)
     def rebuild(): b = x[randint(n, 128, gen)]; downhill(pa, oa, F.mse_loss(ae(b), b))
     ae.train()
-    ae_done = 3+(yield from steps(ctx, Repeat(rebuild, gen), 3*ctx.a.ae_steps))
+    ae_done = 3+(yield from steps(ctx, Repeat(rebuild, gen), 2*ctx.a.ae_steps))
     ae.eval()
     with torch.no_grad(): z0 = torch.cat([ae.encode(b) for b in x.split(1000)])
     pn,on = optimiser(torch.optim.AdamW, net, 1e-4, weight_decay=1e-4)
@@ -516,18 +536,18 @@ def latent(ctx, data, seed, milestones):
 # ---------------------------------------------------------------- the plan
 
 def plan(a):
-    "Queues of jobs and the number of lanes that take from each; a lower priority goes first on the device"
+    "Queues of jobs, the number of lanes that take from each, their priority, and whether they wait until the first queue is empty"
     blood,brain = SETS
     curve = [2000,5000,10_000,20_000,50_000,100_000,200_000,400_000,700_000,1_000_000]
-    mlp = [(paper,d,s,z,'mlp',l,seed) for z,seeds,kinds in ((128,(0,1,2),(True,)), (128,(0,1,2),(False,)), (256,(0,1,2),(True,False)))
-           for seed in seeds for l in kinds for d in SETS for s in ('raw','log')]
+    order = [(128,True,0),(128,False,0),(128,True,1),(256,True,0),(128,True,2),(128,False,1),(256,True,1)] # Latent, labels, seed
+    mlp = [(paper,d,s,z,'mlp',l,seed) for z,l,seed in order for s in ('raw','log') for d in SETS]
+    mlp += [(autoencoder,d,s,z,0) for z in (24,64,512) for s in ('raw','log') for d in SETS]
     conv = [(paper,d,s,128,'conv',True,0) for s in ('raw','log') for d in SETS]
-    conv += [(paper,d,'raw',128,'conv',l,seed) for l,seed in ((False,0),(True,1),(True,2)) for d in SETS]
-    oracles = [(autoencoder,d,s,z,0) for z in (24,64,512,1024) for d in SETS for s in ('raw','log')]
-    act = [(activa,d,s,seed,(20,50,100,200,500)) for seed in (0,1,2) for s in ('raw','log') for d in SETS]
-    gans = [(gan,d,c,0,v,curve) for c,v in ((False,'published'),(True,'published'),(False,'adapted')) for d in SETS]
-    lat = [(latent,d,0,(20_000,100_000,200_000,400_000,600_000)) for d in SETS]
-    return [(mlp+oracles,a.mlp_lanes,-1), (conv,a.conv_lanes,-1), (act,1,0), *(([j],1,0) for j in gans), *(([j],1,0) for j in lat)]
+    kin = [[(activa,d,s,seed,(20,50,100,200,500)) for seed in (0,1) for s in ('raw','log')] for d in SETS]
+    lat = [[(latent,d,0,(20_000,50_000,100_000,200_000,400_000,600_000))] for d in SETS]
+    gans = [[(gan,d,c,0,v,curve)] for d,c,v in ((brain,False,'published'),(brain,True,'published'),(blood,False,'published'))]
+    late = [[(gan,d,c,0,v,curve)] for d,c,v in ((brain,False,'adapted'),(blood,True,'published'))]
+    return [(mlp,a.mlp_lanes,-1,False), (conv,a.conv_lanes,0,False), *((j,1,0,False) for j in gans), *((j,1,0,True) for j in kin+lat+late)]
 
 def smoke(a):
     "A little of everything, one after another"
@@ -535,14 +555,15 @@ def smoke(a):
     jobs = [(paper,d,'raw',128,b,l,0) for b,l in (('mlp',True),('mlp',False),('conv',True)) for d in SETS]
     jobs += [(gan,d,c,0,'published',[a.paper_steps]) for c in (False,True) for d in SETS]
     jobs += [(activa,d,'raw',0,(12,)) for d in SETS]+[(latent,d,0,(a.paper_steps,)) for d in SETS]
-    return [(jobs,1,0)]
+    return [(jobs,1,0,False)]
 
 class Lane:
     "A stream and the job on it"
-    def __init__(self, ctx, jobs, priority):
-        self.ctx,self.jobs,self.job,self.asked,self.events = ctx,jobs,None,None,deque()
+    def __init__(self, ctx, jobs, priority, after):
+        self.ctx,self.jobs,self.job,self.asked,self.events,self.after = ctx,jobs,None,None,deque(),after
         self.stream = torch.cuda.Stream(priority=priority) if ctx.dev.type=='cuda' else None
     def ready(self):
+        if self.after: return False
         while self.events and self.events[0].query(): self.events.popleft()
         return len(self.events)<(1 if self.asked in ('drain','wait') else 3)
     def advance(self):
@@ -585,12 +606,18 @@ def make(a):
     ctx.row(**provenance(a, ctx))
     if not a.smoke: start_ladder(ctx)
     if a.device=='cuda': torch.cuda.synchronize()
-    lanes = [Lane(ctx, q, p) for jobs,n,p in (smoke(a) if a.smoke else plan(a)) for q in [deque(j for j in jobs if not a.only or j[0].__name__ in a.only.split(','))] for _ in range(n)]
+    if a.device=='cuda': faster_convolution(ctx)
+    lanes = []
+    for jobs,n,priority,late in smoke(a) if a.smoke else plan(a):
+        queue = deque(j for j in jobs if not a.only or j[0].__name__ in a.only.split(','))
+        lanes += [Lane(ctx, queue, priority, late) for _ in range(n)]
     flushed = time.time()
     ctx.say('ready', len(lanes), 'lanes', provenance(a, ctx)['device'])
     while time.time()<ctx.end-4:
         moved = [l.go() for l in lanes if l.ready()]
         ctx.serve()
+        if lanes[0].after is False and not any(j[0] is paper for j in lanes[0].jobs):
+            for l in lanes: l.after = False
         if time.time()-flushed>20: ctx.flush(); flushed = time.time()
         if not any(moved): time.sleep(0.001)
         if not any(l.job or (l.jobs and not ctx.over()) for l in lanes) and not ctx.running and not ctx.waiting: break
@@ -686,7 +713,7 @@ def main():
     p.add_argument('--device', default='cuda')
     p.add_argument('--only', default='')
     p.add_argument('--smoke', action='store_true')
-    for k,v in dict(deadline=500, tail=75, workers=12, trees=300, more=1000, paper_steps=20_000, ae_steps=20_000, chain=T, mlp_lanes=4, conv_lanes=2,
+    for k,v in dict(deadline=500, tail=75, workers=12, trees=300, more=1000, paper_steps=20_000, ae_steps=10_000, chain=T, mlp_lanes=8, conv_lanes=1,
                     threads=12, speed_steps=1200, genes=0).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--widths', type=int, nargs='+', default=[256,192,128], help='of the U-Net')
     a = p.parse_args()

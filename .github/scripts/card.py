@@ -683,19 +683,72 @@ def speed(a):
 # ---------------------------------------------------------------- at home
 
 def judge(a):
-    "Judge what came back once more, with more trees"
+    "Keep the rows of a run, and judge the arrays that came back once more, with more trees"
     for d in SETS: CELLS[d] = read_cells(a.cells, d)
-    arrays,rows = {},Path(a.rows)
+    out,arrays = Path(a.rows),{}
+    out.mkdir(parents=True, exist_ok=True)
+    keep_rows(a, out)
     for f in sorted(Path(a.out).glob('pack*.npz')): arrays |= {k: v for k,v in np.load(f).items()}
-    rows.mkdir(parents=True, exist_ok=True)
-    for k in sorted(k for k in arrays if k.endswith('/z')):
-        name = k[:-2]
-        data,scale,n_latent,*_ = name.split('-')
-        if (rows/f'{name}.json').exists() or (a.only and a.only not in name): continue
-        native = decoded(arrays, f'{data}-ae-{scale}-{n_latent}-0', arrays[k])
-        out = [judge_values(native, scale, data, a.more)[0]]
-        (rows/f'{name}.json').write_text(json.dumps(out, indent=1)+'\n')
-        print(name, out, flush=True)
+    known = json.loads((out/'again.json').read_text()) if (out/'again.json').exists() else {}
+    for name,see in again(arrays):
+        if f'{name}/{see}' in known or a.only not in f'{name}/{see}': continue
+        t = time.time()
+        known[f'{name}/{see}'] = short(judged_again(arrays, name, see, a.more if see=='pcs' else a.trees))
+        (out/'again.json').write_text(json.dumps(known, indent=1)+'\n')
+        print(name, see, known[f'{name}/{see}'], f'{time.time()-t:.0f} s', flush=True)
+    for d,scale,k in [(d,s,k) for k in (128,256) for s in ('raw','log') for d in SETS[::-1]]:
+        if (name := f'{d}-linear-{scale}-{k}/pcs') in known or a.only not in name: continue
+        known[name] = short(judge_values(linear(d, scale, k), scale, d, a.more)[0])
+        (out/'again.json').write_text(json.dumps(known, indent=1)+'\n')
+        print(name, known[name], flush=True)
+
+def linear(data, scale, k):
+    "Training cells through the best linear autoencoder of k latents, its values below zero set to zero"
+    from sklearn.utils.extmath import randomized_svd
+    x = scaled(CELLS[data].train)
+    x = (x.log1p() if scale=='log' else x).toarray().astype(np.float32)
+    mean = x.mean(0)
+    _,_,axes = randomized_svd(x-mean, k, n_iter=4, random_state=0)
+    rows = np.sort(np.random.default_rng(0).permutation(len(x))[:N])
+    return np.maximum((x[rows]-mean)@axes.T@axes+mean, 0)
+
+def keep_rows(a, out):
+    "The lines of a run as two files: what the figures hang on, and a row for each set of cells"
+    lines = [json.loads(l) for l in (Path(a.out)/'rows.jsonl').read_text().splitlines()]
+    rows = {r['name']: {k: v for k,v in r.items() if k not in ('name','made')}|dict(judged=[]) for r in lines if r.get('made')}
+    for r in lines:
+        if 'judged' in r: rows[r['name']]['judged'].append(r['judged'])
+    run = {k: v for k,v in lines[0].items() if k!='provenance'}
+    run['settings'] = {k: v for k,v in run['settings'].items() if k not in ('cells','out','rows','only','stage')}
+    trained = {k: r for k,r in rows.items() if r.get('steps', 99)>3} # Three steps are those before a graph: stopped before it began
+    lost = dict(not_trained=[k for k in rows if k not in trained], not_judged=[k for k,r in trained.items() if not r['judged']])
+    (out/'run.json').write_text(json.dumps(run|lost, indent=1)+'\n')
+    text = ',\n'.join(f'{json.dumps(k)}: {json.dumps(short(r))}' for k,r in trained.items() if r['judged'])
+    (out/'rows.json').write_text('{\n'+text+'\n}\n')
+
+def short(v):
+    "The same with four digits after the point"
+    if isinstance(v, dict): return {k: short(x) for k,x in v.items()}
+    return [short(x) for x in v] if isinstance(v, list) else round(v, 4) if isinstance(v, float) else v
+
+def again(arrays):
+    "What can be judged again: latents whose decoder came back, and components"
+    z = [k[:-2] for k in arrays if k.endswith('/z')]
+    first = sorted(z, key=lambda k: ('conv' not in k, 'beta' in k, 'w-1' in k))
+    pcs = [k[:-8] for k in arrays if k.endswith('/pcs_raw') and 'latent' not in k]
+    genes = [k for k in first if k.endswith('mlp-pre-0-w0')]
+    return [(k,'pcs') for k in first+pcs]+[(k,'genes') for k in genes]
+
+def judged_again(arrays, name, see, trees):
+    "Figures of one set of cells"
+    data,scale,n_latent,*_ = name.split('-')
+    if f'{name}/z' in arrays: return judge_values(decoded(arrays, f'{data}-ae-{scale}-{n_latent}-0', arrays[f'{name}/z']), scale, data, trees, see)[0]
+    out = dict(see=see, trees=trees, n=N)
+    for view in ('raw','log'):
+        z = arrays[f'{name}/pcs_{view}'].astype(np.float64)
+        auc,n = rf_auc(z[:-N], z[-N:], 'genes-5fold', trees, 0),len(z)-N
+        out |= {f'mmd2_e3_{view}': 1e3*float(mmd2_sides(z, sides(n, N))[0]), f'auc_{view}': float(auc.mean()), f'auc_{view}_sd': float(auc.std())}
+    return out
 
 def decoded(arrays, name, z):
     "Values of latents, by the decoder that came back with them"

@@ -1,10 +1,11 @@
-"""One run on a borrowed GPU: the paper's model by readings, the GANs and their kin at published widths, judged as they come.
+"""One run on a borrowed GPU: the paper's model by readings, GANs and kin at published widths, judged as they come.
 
     python card.py prepare --out FOLDER                   cells, the package and this script, ready to be carried
     python card.py make --cells FOLDER --out OUT --device cuda --deadline 500
-    python card.py make ... --smoke                       a few hundred steps of each kind of training, one after another
+    python card.py make ... --smoke                       a few hundred steps of each kind of training
     python card.py speed --cells FOLDER --out OUT --device cuda     the default model: seconds by stage
     python card.py judge --cells FOLDER --out OUT --rows nbs/results/card      what came back, judged again here
+    python card.py home --cells FOLDER --only neurons10k,raw,128 --rows …      one model in principal components, on a CPU
 
 `make` runs many trainings at once in one process: each is a generator that queues some steps on a stream of its own and
 yields; steps are CUDA graphs. Cells go to worker processes that judge them while training goes on. On a CPU the same
@@ -43,21 +44,26 @@ def prepare(a):
     out.mkdir(parents=True, exist_ok=True)
     for d in SETS:
         train,test = experiment_cells(d, 'laptop')
-        parts = {f'{k}_{p}': getattr(v.X, p) for k,v in dict(train=train, test=test).items() for p in ('data','indices','indptr')}
+        parts = {f'{k}_{p}': getattr(v.X, p)
+            for k,v in dict(train=train, test=test).items() for p in ('data','indices','indptr')}
         small = {k: v.astype(np.int32 if k.endswith('indptr') else np.int16) for k,v in parts.items()}
         code = {f'{k}_label': v.obs[LABELS].cat.codes.to_numpy(np.int8) for k,v in dict(train=train, test=test).items()}
         kinds,genes = list(map(str, train.obs[LABELS].cat.categories)),np.array(list(map(str, train.var_names)))
-        np.savez_compressed(out/f'{d}.npz', **small, **code, kinds=kinds, genes=genes, sha=provenance(d, 'laptop')['cells_sha256'])
-    shutil.copytree(Path(scld.__file__).parent, out/'scld', dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
+        np.savez_compressed(out/f'{d}.npz', **small, **code,
+            kinds=kinds, genes=genes, sha=provenance(d, 'laptop')['cells_sha256'])
+    shutil.copytree(Path(scld.__file__).parent, out/'scld',
+        dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(__file__, out/'card.py')
 
 def read_cells(folder, name, genes=0):
     "Counts of training and test cells, labels, and the hash of the experiment; only some genes for a rehearsal"
     f = np.load(Path(folder)/f'{name}.npz')
     shape = lambda k: (len(f[f'{k}_indptr'])-1,len(f['genes']))
-    csr = lambda k: sparse.csr_matrix((f[f'{k}_data'].astype(np.float32),f[f'{k}_indices'].astype(np.int32),f[f'{k}_indptr']), shape=shape(k))
+    csr = lambda k: sparse.csr_matrix((f[f'{k}_data'].astype(np.float32),f[f'{k}_indices'].astype(np.int32),
+        f[f'{k}_indptr']), shape=shape(k))
     some = np.sort(np.argsort(-csr('train').sum(0).A1)[:genes or None])
-    return SimpleNamespace(name=name, train=csr('train')[:,some], test=csr('test')[:,some], label=f['train_label'].astype(np.int64),
+    return SimpleNamespace(name=name, train=csr('train')[:,some], test=csr('test')[:,some],
+        label=f['train_label'].astype(np.int64),
                            kinds=list(map(str, f['kinds'])), genes=f['genes'][some], sha=str(f['sha']))
 
 def scaled(X):
@@ -67,7 +73,8 @@ def scaled(X):
 def dealt(label, n, rng):
     "Labels of `n` cells, as common as among the training cells, in random order"
     size = np.bincount(label)
-    return rng.permutation(np.repeat(np.arange(len(size)), np.diff(np.floor(n*size.cumsum()/size.sum()+rng.random()).astype(int), prepend=0)))
+    many = np.diff(np.floor(n*size.cumsum()/size.sum()+rng.random()).astype(int), prepend=0)
+    return rng.permutation(np.repeat(np.arange(len(size)), many))
 
 # ---------------------------------------------------------------- judging, in worker processes
 
@@ -99,7 +106,8 @@ def judge_file(path, *how):
     try: return (*judge_values(np.load(path), *how),time.time()-t)
     except Exception: return traceback.format_exc(),{},time.time()-t
 
-LADDER = dict(positive=('Positive',{}), random=('Random',{}), splatter=('Splatter',dict(match=False)), splatter_match=('Splatter',{}),
+LADDER = dict(positive=('Positive',{}), random=('Random',{}), splatter=('Splatter',dict(match=False)),
+    splatter_match=('Splatter',{}),
               sugar=('SUGAR',dict(counts=None)), sugar_t0=('SUGAR',dict(counts=None, t=0)))
 
 def ladder(data, row, seed, path):
@@ -108,7 +116,8 @@ def ladder(data, row, seed, path):
     import pandas as pd
     t,c = time.time(),CELLS[data]
     name,own = LADDER[row]
-    obs = pd.DataFrame(dict(cell_type=pd.Categorical.from_codes(c.label, c.kinds)), index=[f'c{i}' for i in range(len(c.label))])
+    obs = pd.DataFrame(dict(cell_type=pd.Categorical.from_codes(c.label, c.kinds)),
+        index=[f'c{i}' for i in range(len(c.label))])
     a = AnnData(c.train, obs=obs, var=pd.DataFrame(index=c.genes))
     made = baselines[name](**own).fit(a, labels='cell_type', seed=seed).sample(N, seed=seed).X
     values = made if 'counts' in own else scaled(made)
@@ -145,13 +154,19 @@ class Context:
     def judge(self, name, path, scale, data, again, first, meta):
         "Queue the judges of a file: few trees soon, many and all genes when there is nothing else"
         self.row(name=name, made=True, data=data, scale=scale, at=round(time.time()-self.t0, 1), **meta)
-        jobs = [(first,self.a.trees,'pcs')]+([(5+first,self.a.more,'pcs')] if again else [])+([(9,self.a.trees,'genes')] if again=='genes' else [])
-        for rank,trees,see in jobs: heapq.heappush(self.waiting, (rank,next(self.order),name,judge_file,(path,scale,data,trees,see)))
+        jobs = [(first,self.a.trees,'pcs')]
+        if again: jobs.append((5+first,self.a.more,'pcs'))
+        if again=='genes': jobs.append((9,self.a.trees,'genes'))
+        for rank,trees,see in jobs:
+            heapq.heappush(self.waiting, (rank,next(self.order),name,judge_file,(path,scale,data,trees,see)))
 
     def keep(self, name, array):
         "Put an array into a file that comes back, as long as there is room"
         if self.pack_bytes[-1]+array.nbytes>PACK: self.flush(); self.packs.append({}); self.pack_bytes.append(0)
-        if len(self.packs)>PACKS: self.say('no room for', name); self.packs.pop(); self.pack_bytes.pop(); self.packs.append({}); self.pack_bytes.append(PACK); return
+        if len(self.packs)>PACKS:
+            self.say('no room for', name)
+            self.packs[-1],self.pack_bytes[-1] = {},PACK
+            return
         self.packs[-1][name],self.dirty = array,True
         self.pack_bytes[-1] += array.nbytes
 
@@ -202,7 +217,9 @@ class Repeat:
 class Drop(nn.Module):
     "Dropout that draws from a generator of its own"
     def __init__(self, p, gen): super().__init__(); self.p,self.gen = p,gen
-    def forward(self, x): return x*torch.empty_like(x).bernoulli_(1-self.p, generator=self.gen)/(1-self.p) if self.training else x
+    def forward(self, x):
+        if not self.training: return x
+        return x*torch.empty_like(x).bernoulli_(1-self.p, generator=self.gen)/(1-self.p)
 
 def own_dropout(net, gen):
     "Replace dropout layers in place"
@@ -212,7 +229,7 @@ def own_dropout(net, gen):
     return net
 
 def by_products(self, h):
-    "The convolution of `scld.unet.Conv` as one matrix product over three neighbours: the same function of the same weights"
+    "`scld.unet.Conv` as one matrix product over three neighbours: the same function of the same weights"
     p = F.pad(h, (0,0,1,1))
     return F.linear(torch.cat([p[:,:-2],p[:,1:-1],p[:,2:]], -1), self.weight.permute(0, 2, 1).flatten(1), self.bias)
 
@@ -239,7 +256,8 @@ def optimiser(kind, net, lr, **kw):
     "An optimiser whose step and rate live on the device"
     params = list(net.parameters()) if isinstance(net, nn.Module) else net
     cuda = params[0].is_cuda
-    return params,kind(params, lr=torch.tensor(lr, device=params[0].device) if cuda else lr, fused=True, **(dict(capturable=True) if cuda else {}), **kw)
+    return params,kind(params, lr=torch.tensor(lr, device=params[0].device) if cuda else lr,
+        fused=True, **(dict(capturable=True) if cuda else {}), **kw)
 
 def downhill(params, opt, loss):
     "One step; only `params` move"
@@ -268,7 +286,7 @@ def randn(*shape, gen): return torch.randn(*shape, generator=gen, device=gen.dev
 # ---------------------------------------------------------------- the paper's model
 
 class TwoLayers(nn.Module):
-    "Two linear layers each way with an activation behind the first, and one behind the last of the decoder; equations (3) to (6)"
+    "Two linear layers each way, an activation behind the first and behind the decoder's last; equations (3) to (6)"
     def __init__(self, n_genes, n_latent, mean):
         super().__init__()
         h = max(256, 2*n_latent)
@@ -297,7 +315,8 @@ def autoencoder(ctx, data, scale, n_latent, seed, oracles=()):
             rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(x))[:N])).to(ctx.dev)
             back = ae(x[rows]/unit)*unit
             r2 = 1-((back-x[rows])**2).sum().item()/((x[rows]-x.mean(0))**2).sum().item()
-        meta = dict(system='autoencoder alone', n_latent=n_latent, seed=seed, steps=done, seconds=round(time.time()-t, 1), r2=r2)
+        meta = dict(system='autoencoder alone', n_latent=n_latent, seed=seed, steps=done,
+            seconds=round(time.time()-t, 1), r2=r2)
         ctx.emit(f'{name}-{done}', back, scale, data, 'genes' if seed==0 and n_latent in (128,256) else seed==0, **meta)
         if ctx.over(): break
     ctx.say(name, f'{done} steps, {1e3*(time.time()-t)/done:.2f} ms a step, r2 {r2:.3f}')
@@ -322,7 +341,8 @@ def shared_autoencoder(ctx, data, scale, n_latent, seed):
 def schedule(ctx):
     "The tables that training and sampling need, on the device"
     s = NoiseSchedule(linear_betas(T))
-    tables = dict(signal=s.alphas_cumprod.sqrt(), spread=(1-s.alphas_cumprod).sqrt(), pull=s.betas/(1-s.alphas_cumprod).sqrt(), grow=s.alphas.rsqrt(),
+    tables = dict(signal=s.alphas_cumprod.sqrt(), spread=(1-s.alphas_cumprod).sqrt(),
+        pull=s.betas/(1-s.alphas_cumprod).sqrt(), grow=s.alphas.rsqrt(),
                   posterior=((1-s.alphas_cumprod_prev)/(1-s.alphas_cumprod)*s.betas).sqrt(), beta=s.betas.sqrt())
     tables['beta'][0] = 0.
     return SimpleNamespace(**{k: v.float().to(ctx.dev) for k,v in tables.items()})
@@ -358,11 +378,12 @@ def paper(ctx, data, scale, n_latent, backbone, labels, seed):
     gen,s,t = generator(ctx, 'paper', data, scale, n_latent, backbone, labels, seed),schedule(ctx),time.time()
     label,K = ctx.label[data],len(CELLS[data].kinds)
     unet = UNet(n_latent, tuple(ctx.a.widths), 128, 0.1, backbone).to(ctx.dev)
-    if backbone=='mlp': own_dropout(unet, gen) # One lane has convolutions, so their dropout may use the one stream of torch
+    if backbone=='mlp': own_dropout(unet, gen) # One lane has convolutions: it may use torch's own stream
     net = unet
     if labels:
         x = scaled(CELLS[data].train)
-        net = Denoiser(unet, cluster_means(x.log1p() if scale=='log' else x, CELLS[data].label, K, 1).to(ctx.dev)).to(ctx.dev)
+        net = Denoiser(unet, cluster_means(x.log1p() if scale=='log' else x,
+            CELLS[data].label, K, 1).to(ctx.dev)).to(ctx.dev)
     model = net if labels else (lambda z, t, label: net(z, t))
     params,opt = optimiser(torch.optim.AdamW, net, 1e-3)
     average = torch.ones((), device=ctx.dev)
@@ -379,7 +400,8 @@ def paper(ctx, data, scale, n_latent, backbone, labels, seed):
     ctx.say(name, f'{done} steps, {1e3*took/done:.2f} ms a step, loss {average.item():.3f}')
     del repeat
     net.eval()
-    meta = dict(system='paper', n_latent=n_latent, backbone=backbone, labels=labels, seed=seed, steps=done, seconds=round(took, 1), loss=average.item(), ae_r2=ae.r2)
+    meta = dict(system='paper', n_latent=n_latent, backbone=backbone, labels=labels, seed=seed, steps=done,
+        seconds=round(took, 1), loss=average.item(), ae_r2=ae.r2)
     yield from made_by(ctx, Chain(ctx, model, N, n_latent, gen), ae, name, data, scale, meta)
 
 def made_by(ctx, chain, ae, name, data, scale, meta):
@@ -389,15 +411,18 @@ def made_by(ctx, chain, ae, name, data, scale, meta):
     def decode(z):
         with torch.no_grad(): return ae.ae.decoder(z*ae.std+ae.mean)*ae.unit
     again = 'genes' if seed==0 and meta['n_latent']==128 else seed==0 or meta['n_latent']==128
-    todo = [('w0',want,'posterior'),('w-1',open_,'posterior'),('w0-beta',want,'beta')] if meta['labels'] else [('plain',np.zeros(N),'posterior'),('plain-beta',np.zeros(N),'beta')]
+    todo = [('w0',want,'posterior'),('w-1',open_,'posterior'),('w0-beta',want,'beta')]
+    if not meta['labels']: todo = [('plain',np.zeros(N),'posterior'),('plain-beta',np.zeros(N),'beta')]
     for how,label,variance in todo:
         if time.time()>ctx.hard or (variance=='beta' and seed>0 and meta['backbone']=='conv'): continue
         t = time.time()
         z = yield from chain.run(label.astype(np.int64), variance)
         if seed==0 and meta['n_latent']==128: ctx.keep(f'{name}-{how}/z', z.cpu().numpy().astype(np.float16))
         elif how in ('w0','plain'): ctx.shared.setdefault('keep pcs', set()).add(f'{name}-{how}')
-        ctx.emit(f'{name}-{how}', decode(z), scale, data, again if variance=='posterior' else False, **meta, how=how, sample_seconds=round(time.time()-t, 1))
-    if meta['labels'] and meta['backbone']=='mlp' and time.time()<ctx.hard: yield from kept_by_scorer(ctx, chain, decode, want, name, data, scale, meta)
+        ctx.emit(f'{name}-{how}', decode(z), scale, data, again if variance=='posterior' else False,
+            **meta, how=how, sample_seconds=round(time.time()-t, 1))
+    if meta['labels'] and meta['backbone']=='mlp' and time.time()<ctx.hard:
+        yield from kept_by_scorer(ctx, chain, decode, want, name, data, scale, meta)
 
 def kept_by_scorer(ctx, chain, decode, want, name, data, scale, meta):
     "Post-guidance: a scorer of logged values, trained on training cells; the best 80 % of each label"
@@ -408,7 +433,9 @@ def kept_by_scorer(ctx, chain, decode, want, name, data, scale, meta):
     net = own_dropout(Scorer(real.shape[1]), gen).to(ctx.dev)
     params,opt = optimiser(torch.optim.AdamW, net, 1e-3)
     truth = torch.arange(128, device=ctx.dev)//64
-    def step(): downhill(params, opt, F.cross_entropy(net(torch.cat([fake[randint(len(fake), 64, gen)],real[randint(len(real), 64, gen)]])), truth))
+    def step():
+        some = torch.cat([fake[randint(len(fake), 64, gen)],real[randint(len(real), 64, gen)]])
+        downhill(params, opt, F.cross_entropy(net(some), truth))
     net.train()
     done = 3+(yield from steps(ctx, Repeat(step, gen), ctx.a.paper_steps//6))
     net.eval()
@@ -434,7 +461,8 @@ def gan(ctx, data, conditional, seed, variant, milestones):
     gen,t,x = generator(ctx, 'gan', data, conditional, seed, variant),time.time(),ctx.x[data]['raw']
     label = ctx.label[data] if conditional else torch.zeros_like(ctx.label[data])
     K,n = int(label.max())+1,len(label)
-    G,D = Generator(x.shape[1], 128, [256,512,1024], K, momentum, total).to(ctx.dev),Critic(x.shape[1], [1024,512,256], K).to(ctx.dev)
+    G = Generator(x.shape[1], 128, [256,512,1024], K, momentum, total).to(ctx.dev)
+    D = Critic(x.shape[1], [1024,512,256], K).to(ctx.dev)
     (pd,od),(pg,og) = (optimiser(torch.optim.Adam, m, lr, betas=(0.5,0.9), amsgrad=True) for m in (D,G))
     def critic():
         i = randint(n, 128, gen)
@@ -458,7 +486,8 @@ def gan(ctx, data, conditional, seed, variant, milestones):
         G.train()
         last = ctx.over() or goal==milestones[-1]
         if last: ctx.shared.setdefault('keep pcs', set()).add(f'{name}-{done}')
-        meta = dict(system='cscGAN' if conditional else 'scGAN', variant=variant, seed=seed, steps=done, published_steps=1_000_000, seconds=round(time.time()-t, 1))
+        meta = dict(system='cscGAN' if conditional else 'scGAN', variant=variant, seed=seed, steps=done,
+            published_steps=1_000_000, seconds=round(time.time()-t, 1))
         ctx.emit(f'{name}-{done}', native, 'raw', data, 'genes' if last else False, 0 if last else 2, **meta)
         ctx.say(name, f'{done} steps, {1e3*(time.time()-t)/done:.2f} ms a step')
         if ctx.over(): return
@@ -500,7 +529,8 @@ def activa(ctx, data, scale, seed, epochs):
         net.train()
         last = ctx.over() or goal==epochs[-1]
         if last and seed==0: ctx.shared.setdefault('keep pcs', set()).add(f'{name}-{done}')
-        meta = dict(system='ACTIVA', variant=scale, seed=seed, steps=done, epochs=round(done/per, 1), published_epochs=500, seconds=round(time.time()-t, 1))
+        meta = dict(system='ACTIVA', variant=scale, seed=seed, steps=done, epochs=round(done/per, 1),
+            published_epochs=500, seconds=round(time.time()-t, 1))
         ctx.emit(f'{name}-{done}', native, scale, data, ('genes' if seed==0 else True) if last else False, 2, **meta)
         if ctx.over(): break
     ctx.say(name, f'{done} steps, {1e3*(time.time()-t)/max(done, 1):.2f} ms a step')
@@ -520,7 +550,8 @@ def latent(ctx, data, seed, milestones):
     def step():
         i,at,noise = randint(n, 128, gen),randint(T, 128, gen),randn(128, 128, gen=gen)
         downhill(pn, on, F.mse_loss(net(s.signal[at][:,None]*z0[i]+s.spread[at][:,None]*noise, at), noise))
-    repeat,chain,done,name = Repeat(step, gen),Chain(ctx, lambda z, t, label: net(z, t), N, 128, gen),3,f'{data}-latent-{seed}'
+    repeat,done,name = Repeat(step, gen),3,f'{data}-latent-{seed}'
+    chain = Chain(ctx, lambda z, t, label: net(z, t), N, 128, gen)
     for goal in milestones:
         done += yield from steps(ctx, repeat, goal-done)
         took = round(time.time()-t, 1)
@@ -528,7 +559,8 @@ def latent(ctx, data, seed, milestones):
         with torch.no_grad(): native = ae.decoder(z).clamp(0, float(np.log1p(TOTAL)))
         last = ctx.over() or goal==milestones[-1]
         if last: ctx.shared.setdefault('keep pcs', set()).add(f'{name}-{done}')
-        meta = dict(system='latent diffusion', seed=seed, steps=done, published_steps=600_000, ae_steps=ae_done, seconds=took)
+        meta = dict(system='latent diffusion', seed=seed, steps=done, published_steps=600_000,
+            ae_steps=ae_done, seconds=took)
         ctx.emit(f'{name}-{done}', native, 'log', data, 'genes' if last else False, 0 if last else 2, **meta)
         ctx.say(name, f'{done} steps, {1e3*took/done:.2f} ms a step with the autoencoder')
         if ctx.over(): return
@@ -536,18 +568,20 @@ def latent(ctx, data, seed, milestones):
 # ---------------------------------------------------------------- the plan
 
 def plan(a):
-    "Queues of jobs, the number of lanes that take from each, their priority, and whether they wait until the first queue is empty"
+    "Queues of jobs, how many lanes take from each, their priority, and whether they wait for the first queue"
     blood,brain = SETS
     curve = [2000,5000,10_000,20_000,50_000,100_000,200_000,400_000,700_000,1_000_000]
-    order = [(128,True,0),(128,False,0),(128,True,1),(256,True,0),(128,True,2),(128,False,1),(256,True,1)] # Latent, labels, seed
+    order = [(128,True,0),(128,False,0),(128,True,1),(256,True,0),(128,True,2),(128,False,1),(256,True,1)]
     mlp = [(paper,d,s,z,'mlp',l,seed) for z,l,seed in order for s in ('raw','log') for d in SETS]
     mlp += [(autoencoder,d,s,z,0) for z in (24,64,512) for s in ('raw','log') for d in SETS]
     conv = [(paper,d,s,128,'conv',True,0) for s in ('raw','log') for d in SETS]
     kin = [[(activa,d,s,seed,(20,50,100,200,500)) for seed in (0,1) for s in ('raw','log')] for d in SETS]
     lat = [[(latent,d,0,(20_000,50_000,100_000,200_000,400_000,600_000))] for d in SETS]
-    gans = [[(gan,d,c,0,v,curve)] for d,c,v in ((brain,False,'published'),(brain,True,'published'),(blood,False,'published'))]
+    gans = [[(gan,d,c,0,v,curve)]
+        for d,c,v in ((brain,False,'published'),(brain,True,'published'),(blood,False,'published'))]
     late = [[(gan,d,c,0,v,curve)] for d,c,v in ((brain,False,'adapted'),(blood,True,'published'))]
-    return [(mlp,a.mlp_lanes,-1,False), (conv,a.conv_lanes,0,False), *((j,1,0,False) for j in gans), *((j,1,0,True) for j in kin+lat+late)]
+    return [(mlp,a.mlp_lanes,-1,False), (conv,a.conv_lanes,0,False), *((j,1,0,False) for j in gans),
+        *((j,1,0,True) for j in kin+lat+late)]
 
 def smoke(a):
     "A little of everything, one after another"
@@ -574,7 +608,9 @@ class Lane:
             self.job = self.what[0](self.ctx, *self.what[1:])
         try: self.asked = next(self.job)
         except StopIteration: self.job = None
-        except Exception: self.job = None; self.ctx.say('FAILED', self.what[0].__name__, self.what[1:], traceback.format_exc())
+        except Exception:
+            self.job = None
+            self.ctx.say('FAILED', self.what[0].__name__, self.what[1:], traceback.format_exc())
         return self.asked!='wait'
     def go(self):
         "`advance` on the lane's stream"
@@ -589,9 +625,12 @@ def provenance(a, ctx):
     import sklearn, scld
     sha = lambda f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16]
     gpu = torch.cuda.get_device_name() if a.device=='cuda' else 'cpu'
-    return dict(provenance=True, device=gpu, torch=torch.__version__, numpy=np.__version__, sklearn=sklearn.__version__, python=platform.python_version(),
+    return dict(provenance=True, device=gpu, torch=torch.__version__,
+        numpy=np.__version__, sklearn=sklearn.__version__,
+        python=platform.python_version(),
                 card_sha256=sha(__file__), code_sha256={m: sha(Path(scld.__file__).parent/f'{m}.py') for m in MODULES},
-                cells_sha256={d: c.sha for d,c in CELLS.items()}, settings=vars(a), tf32=torch.backends.cuda.matmul.allow_tf32)
+                cells_sha256={d: c.sha for d,c in CELLS.items()}, settings=vars(a),
+                    tf32=torch.backends.cuda.matmul.allow_tf32)
 
 def make(a):
     "Train, sample and judge until the deadline"
@@ -622,7 +661,8 @@ def make(a):
         if not any(moved): time.sleep(0.001)
         if not any(l.job or (l.jobs and not ctx.over()) for l in lanes) and not ctx.running and not ctx.waiting: break
     ctx.flush()
-    ctx.say('ended;', len(ctx.waiting)+len(ctx.running), 'judges were not done;', 'memory', torch.cuda.max_memory_allocated()/2**30 if a.device=='cuda' else '')
+    ctx.say('ended;', len(ctx.waiting)+len(ctx.running), 'judges were not done;',
+        'memory', torch.cuda.max_memory_allocated()/2**30 if a.device=='cuda' else '')
     shutil.rmtree(ctx.tmp, ignore_errors=True)
     sys.stdout.flush()
     pool.terminate()
@@ -633,14 +673,16 @@ def start_ladder(ctx):
     def made(data, row, seed):
         path = str(ctx.tmp/f'{data}-{row}-{seed}.npy')
         def ended(seconds): ctx.shared.setdefault('made', []).append((data,row,seed,path,seconds))
-        return ctx.pool.apply_async(ladder, (data,row,seed,path), callback=ended, error_callback=lambda e: ctx.say('FAILED', data, row, e))
+        return ctx.pool.apply_async(ladder, (data,row,seed,path), callback=ended,
+            error_callback=lambda e: ctx.say('FAILED', data, row, e))
     for data in SETS:
         for row in LADDER: made(data, row, 0)
     serve = ctx.serve
     def also():
         while ctx.shared.get('made'):
             data,row,seed,path,seconds = ctx.shared['made'].pop()
-            ctx.judge(f'{data}-{row}-{seed}', path, 'raw', data, 'genes', 1, dict(system=row, seed=seed, seconds=round(seconds, 1)))
+            ctx.judge(f'{data}-{row}-{seed}', path, 'raw', data, 'genes', 1,
+                dict(system=row, seed=seed, seconds=round(seconds, 1)))
         serve()
     ctx.serve = also
 
@@ -664,10 +706,12 @@ def speed(a):
             took[name.strip('_')] = took.get(name.strip('_'), 0)+time.time()-t
             return out
         setattr(cls, name, g)
-    for cls,name in ((SCLD,'_fit_autoencoder'),(SCLD,'_fit_diffusion'),(SCLD,'_fit_scorer'),(Autoencoder,'draw')): timed(cls, name)
+    for name in ('_fit_autoencoder','_fit_diffusion','_fit_scorer'): timed(SCLD, name)
+    timed(Autoencoder, 'draw')
     for d in SETS:
         c = read_cells(a.cells, d, a.genes)
-        obs = pd.DataFrame(dict(cell_type=pd.Categorical.from_codes(c.label, c.kinds)), index=[f'c{i}' for i in range(len(c.label))])
+        obs = pd.DataFrame(dict(cell_type=pd.Categorical.from_codes(c.label, c.kinds)),
+            index=[f'c{i}' for i in range(len(c.label))])
         model = SCLD(AnnData(c.train, obs=obs, var=pd.DataFrame(index=c.genes)), labels='cell_type')
         took.clear()
         model.train(steps=a.speed_steps, device=a.device, seed=0, progress=False)
@@ -675,8 +719,10 @@ def speed(a):
         took.clear()
         t = time.time()
         model.sample(N, seed=0)
-        row = dict(speed=d, device=torch.cuda.get_device_name() if a.device=='cuda' else 'cpu', threads=a.threads, steps=a.speed_steps, train=trained,
-                   sample_seconds=time.time()-t, sample_draw=took.get('draw'), n=N, torch=torch.__version__, autoencoder_steps=int((model.history.stage=='autoencoder').sum()))
+        row = dict(speed=d, device=torch.cuda.get_device_name() if a.device=='cuda' else 'cpu', threads=a.threads,
+            steps=a.speed_steps, train=trained,
+                   sample_seconds=time.time()-t, sample_draw=took.get('draw'), n=N, torch=torch.__version__,
+                       autoencoder_steps=int((model.history.stage=='autoencoder').sum()))
         with open(Path(a.out)/f'speed-{a.device}.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
         print(row, flush=True)
 
@@ -702,26 +748,32 @@ def judge(a):
         (out/'again.json').write_text(json.dumps(known, indent=1)+'\n')
         print(name, known[name], flush=True)
 
-def linear(data, scale, k):
-    "Training cells through the best linear autoencoder of k latents, its values below zero set to zero"
+def principal(data, scale, k):
+    "Mean and first k principal axes of the training cells"
     from sklearn.utils.extmath import randomized_svd
     x = scaled(CELLS[data].train)
     x = (x.log1p() if scale=='log' else x).toarray().astype(np.float32)
-    mean = x.mean(0)
-    _,_,axes = randomized_svd(x-mean, k, n_iter=4, random_state=0)
-    rows = np.sort(np.random.default_rng(0).permutation(len(x))[:N])
-    return np.maximum((x[rows]-mean)@axes.T@axes+mean, 0)
+    return x.mean(0),randomized_svd(x-x.mean(0), k, n_iter=4, random_state=0)[2]
+
+def linear(data, scale, k):
+    "Training cells through the best linear autoencoder of k latents, values below zero set to zero"
+    mean,axes = principal(data, scale, k)
+    x = scaled(CELLS[data].train)
+    x = (x.log1p() if scale=='log' else x)[np.sort(np.random.default_rng(0).permutation(x.shape[0])[:N])].toarray()
+    return np.maximum((x-mean)@axes.T@axes+mean, 0)
 
 def keep_rows(a, out):
     "The lines of a run as two files: what the figures hang on, and a row for each set of cells"
     lines = [json.loads(l) for l in (Path(a.out)/'rows.jsonl').read_text().splitlines()]
-    rows = {r['name']: {k: v for k,v in r.items() if k not in ('name','made')}|dict(judged=[]) for r in lines if r.get('made')}
+    rows = {r['name']: {k: v for k,v in r.items() if k not in ('name','made')}|dict(judged=[])
+        for r in lines if r.get('made')}
     for r in lines:
         if 'judged' in r: rows[r['name']]['judged'].append(r['judged'])
     run = {k: v for k,v in lines[0].items() if k!='provenance'}
     run['settings'] = {k: v for k,v in run['settings'].items() if k not in ('cells','out','rows','only','stage')}
-    trained = {k: r for k,r in rows.items() if r.get('steps', 99)>3} # Three steps are those before a graph: stopped before it began
-    lost = dict(not_trained=[k for k in rows if k not in trained], not_judged=[k for k,r in trained.items() if not r['judged']])
+    trained = {k: r for k,r in rows.items() if r.get('steps', 99)>3} # The steps before a graph is made are three
+    lost = dict(not_trained=[k for k in rows if k not in trained],
+        not_judged=[k for k,r in trained.items() if not r['judged']])
     (out/'run.json').write_text(json.dumps(run|lost, indent=1)+'\n')
     text = ',\n'.join(f'{json.dumps(k)}: {json.dumps(short(r))}' for k,r in trained.items() if r['judged'])
     (out/'rows.json').write_text('{\n'+text+'\n}\n')
@@ -742,13 +794,50 @@ def again(arrays):
 def judged_again(arrays, name, see, trees):
     "Figures of one set of cells"
     data,scale,n_latent,*_ = name.split('-')
-    if f'{name}/z' in arrays: return judge_values(decoded(arrays, f'{data}-ae-{scale}-{n_latent}-0', arrays[f'{name}/z']), scale, data, trees, see)[0]
+    if f'{name}/z' in arrays:
+        native = decoded(arrays, f'{data}-ae-{scale}-{n_latent}-0', arrays[f'{name}/z'])
+        return judge_values(native, scale, data, trees, see)[0]
     out = dict(see=see, trees=trees, n=N)
     for view in ('raw','log'):
         z = arrays[f'{name}/pcs_{view}'].astype(np.float64)
         auc,n = rf_auc(z[:-N], z[-N:], 'genes-5fold', trees, 0),len(z)-N
-        out |= {f'mmd2_e3_{view}': 1e3*float(mmd2_sides(z, sides(n, N))[0]), f'auc_{view}': float(auc.mean()), f'auc_{view}_sd': float(auc.std())}
+        out |= {f'mmd2_e3_{view}': 1e3*float(mmd2_sides(z, sides(n, N))[0]),
+            f'auc_{view}': float(auc.mean()), f'auc_{view}_sd': float(auc.std())}
     return out
+
+class Home(Context):
+    "What `paper` needs of a run, on a CPU, with the best linear autoencoder in place of a trained one"
+    def __init__(self, a, known):
+        self.a,self.dev,self.t0,self.sample_steps = a,torch.device('cpu'),time.time(),a.chain
+        self.shared,self.known = {},known
+        self.hard,self.x,self.label = float('inf'),{},{d: torch.from_numpy(c.label) for d,c in CELLS.items()}
+    def over(self): return False
+    def keep(self, *_): pass
+    def emit(self, name, native, scale, data, *_, **meta):
+        out = short(judge_values(native.numpy(), scale, data, self.a.trees)[0]|meta)
+        self.known[f'{name}/linear'] = out
+        (Path(self.a.rows)/'again.json').write_text(json.dumps(self.known, indent=1)+'\n')
+        self.say(name, out)
+
+def home(a):
+    "The paper's diffusion in the latents of the best linear autoencoder, here"
+    data,scale,k = a.only.split(',')
+    CELLS[data] = read_cells(a.cells, data)
+    home = Home(a, json.loads((Path(a.rows)/'again.json').read_text()))
+    mean,axes = principal(data, scale, int(k))
+    x = scaled(CELLS[data].train)
+    x = (x.log1p() if scale=='log' else x).toarray().astype(np.float32)
+    home.x[data] = dict(log=torch.from_numpy(x if scale=='log' else np.log1p(x)))
+    z,back = torch.from_numpy((x-mean)@axes.T),nn.Sequential(nn.Linear(int(k), x.shape[1]), nn.ReLU())
+    with torch.no_grad():
+        back[0].weight.copy_(torch.from_numpy(axes.T.copy()))
+        back[0].bias.copy_(torch.from_numpy(mean))
+    std = z.std(0)
+    r2 = float(z.square().sum()/np.square(x-mean).sum())
+    ae = SimpleNamespace(decoder=back)
+    home.shared[data,scale,int(k),0] = SimpleNamespace(ae=ae, unit=1., mean=0., std=std, z=z/std, r2=r2)
+    torch.set_num_threads(1)
+    for _ in paper(home, data, scale, int(k), 'mlp', True, 0): pass
 
 def decoded(arrays, name, z):
     "Values of latents, by the decoder that came back with them"
@@ -759,17 +848,18 @@ def decoded(arrays, name, z):
 def main():
     "One stage"
     p = argparse.ArgumentParser(description='One run on a borrowed GPU')
-    p.add_argument('stage', choices=['prepare','make','speed','judge'])
+    p.add_argument('stage', choices=['prepare','make','speed','judge','home'])
     p.add_argument('--cells', default='.card', help='folder made by `prepare`')
     p.add_argument('--out', default='out')
     p.add_argument('--rows', default='nbs/results/card')
     p.add_argument('--device', default='cuda')
     p.add_argument('--only', default='')
     p.add_argument('--smoke', action='store_true')
-    for k,v in dict(deadline=500, tail=75, workers=12, trees=300, more=1000, paper_steps=20_000, ae_steps=10_000, chain=T, mlp_lanes=8, conv_lanes=1,
+    for k,v in dict(deadline=500, tail=75, workers=12, trees=300, more=1000,
+        paper_steps=20_000, ae_steps=10_000, chain=T, mlp_lanes=8, conv_lanes=1,
                     threads=12, speed_steps=1200, genes=0).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--widths', type=int, nargs='+', default=[256,192,128], help='of the U-Net')
     a = p.parse_args()
-    dict(prepare=prepare, make=make, speed=speed, judge=judge)[a.stage](a)
+    dict(prepare=prepare, make=make, speed=speed, judge=judge, home=home)[a.stage](a)
 
 if __name__=='__main__': main()

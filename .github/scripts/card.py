@@ -5,7 +5,7 @@
     python card.py make ... --smoke                       a few hundred steps of each kind of training
     python card.py speed --cells FOLDER --out OUT --device cuda     the default model: seconds by stage
     python card.py judge --cells FOLDER --out OUT --rows nbs/results/card      what came back, judged again here
-    python card.py home --cells FOLDER --only neurons10k,raw,128 --rows …      one model in principal components, on a CPU
+    python card.py home --cells FOLDER --only neurons10k,raw,128 --rows …   one model in principal components, here
 
 `make` runs many trainings at once in one process: each is a generator that queues some steps on a stream of its own and
 yields; steps are CUDA graphs. Cells go to worker processes that judge them while training goes on. On a CPU the same
@@ -735,6 +735,7 @@ def judge(a):
     out.mkdir(parents=True, exist_ok=True)
     keep_rows(a, out)
     for f in sorted(Path(a.out).glob('pack*.npz')): arrays |= {k: v for k,v in np.load(f).items()}
+    (out/'silent.json').write_text(json.dumps(silent(arrays), indent=1)+'\n')
     known = json.loads((out/'again.json').read_text()) if (out/'again.json').exists() else {}
     for name,see in again(arrays):
         if f'{name}/{see}' in known or a.only not in f'{name}/{see}': continue
@@ -805,6 +806,22 @@ def judged_again(arrays, name, see, trees):
             f'auc_{view}': float(auc.mean()), f'auc_{view}_sd': float(auc.std())}
     return out
 
+def silent(arrays):
+    "Genes that no made cell of seed 0 has, and what they are worth in test cells"
+    out = {}
+    for name in (k[:-2] for k in arrays if k.endswith('pre-0-w0/z')):
+        data,scale,n_latent,*_ = name.split('-')
+        made = decoded(arrays, f'{data}-ae-{scale}-{n_latent}-0', arrays[f'{name}/z'])
+        x = scaled(CELLS[data].test)
+        x = (x.log1p() if scale=='log' else x).toarray()
+        never = made.max(0)==0
+        share = dict(variance=x.var(0)[never].sum()/x.var(0).sum(), sum=x[:,never].sum()/x.sum())
+        zeros = dict(zeros_made=(made==0).mean(), zeros_real=(x==0).mean())
+        total = views(made, scale)['raw'].sum(1).mean()
+        figures = short({k: float(v) for k,v in dict(share, **zeros, total=total).items()})
+        out[name] = dict(figures, silent=int(never.sum()), genes=len(never))
+    return out
+
 class Home(Context):
     "What `paper` needs of a run, on a CPU, with the best linear autoencoder in place of a trained one"
     def __init__(self, a, known):
@@ -815,15 +832,15 @@ class Home(Context):
     def keep(self, *_): pass
     def emit(self, name, native, scale, data, *_, **meta):
         out = short(judge_values(native.numpy(), scale, data, self.a.trees)[0]|meta)
-        self.known[f'{name}/linear'] = out
-        (Path(self.a.rows)/'again.json').write_text(json.dumps(self.known, indent=1)+'\n')
+        self.known[name] = out
+        (Path(self.a.rows)/'linear.json').write_text(json.dumps(self.known, indent=1)+'\n')
         self.say(name, out)
 
 def home(a):
     "The paper's diffusion in the latents of the best linear autoencoder, here"
     data,scale,k = a.only.split(',')
     CELLS[data] = read_cells(a.cells, data)
-    home = Home(a, json.loads((Path(a.rows)/'again.json').read_text()))
+    home = Home(a, {})
     mean,axes = principal(data, scale, int(k))
     x = scaled(CELLS[data].train)
     x = (x.log1p() if scale=='log' else x).toarray().astype(np.float32)

@@ -320,7 +320,7 @@ def _baseline(name, published, own):
 def _ask(system, model, want, seed):
     "Cells of a trained model, asked as `system` says; empty ones stay"
     s = systems[system] if isinstance(system, str) else system
-    return model.sample(want, seed=seed, **(dict(keep=s.keep, guidance=0. if s.by_label or isinstance(want, dict) else -1.) if s.model=='SCLD' else {}))
+    return model.sample(want, seed=seed, **(dict(keep=s.keep, floor=0., guidance=0. if s.by_label or isinstance(want, dict) else -1.) if s.model=='SCLD' else {}))
 
 # %% ../nbs/07_experiments.ipynb #cf2ddec9
 def judge_system(
@@ -389,7 +389,7 @@ def run_guidance(
     centre = name(train.X[(train.obs[LABELS]==label).to_numpy()])[1].mean(0)
     def look(X): named,z = name(X); return (named==label).mean(),np.linalg.norm(z-centre, axis=1).mean(),z
     share,unit,_ = look(test.X[(test.obs[LABELS]==label).to_numpy()])
-    sets = {w: look(model.sample({label: max(int(n*p.share), 20)}, guidance=w, seed=seed).X) for w,n in guidances.items()}
+    sets = {w: look(model.sample({label: max(int(n*p.share), 20)}, guidance=w, floor=0., seed=seed).X) for w,n in guidances.items()}
     real = np.random.default_rng(seed).permutation(test.n_obs)[:max(int(3000*p.share), 100)]
     z = [name(test.X[real])[1], *(v[2] for v in sets.values())]
     xy = np.split(TSNE(random_state=seed, init='pca').fit_transform(np.vstack(z)), np.cumsum([len(v) for v in z])[:-1])

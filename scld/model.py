@@ -56,7 +56,7 @@ defaults = dict(
     min_cells=5, # Labels with fewer cells cannot be asked for
     lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
     steps=6000, # Training steps of the diffusion
-    threads=1) # Threads of each operation on the CPU while training; another number gives other weights in the last digits
+    threads=1) # Threads of each operation on the CPU while training; other numbers give other last digits
 
 # %% ../nbs/05a_model.ipynb #516028bf
 configs = dict(
@@ -67,9 +67,11 @@ configs = dict(
 ranges = dict(n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.), prior=(0.,100.), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=(1,65_536), n_emb=(2,4096),
               dropout=(0.,0.95), T=(21,100_000), share=(0.,1.), min_cells=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
 
+_join_two = "adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].astype(str)"
+
 def _meant(name):
     "What somebody who writes `name` may be looking for"
-    one = "; labels is one column: join two, adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].astype(str)"
+    one = f"; labels is one column: join two, {_join_two}"
     genes = "; choose genes beforehand: scld.data.top_genes(adata, 2000)"
     other = dict(batch_key=one, batch=one, covariates=one, conditions=one, n_top_genes=genes, n_hvg=genes)
     near = get_close_matches(name, defaults, 1, 0.6)
@@ -117,12 +119,14 @@ class SCLD:
         label = cluster(data) if labels is None else read_labels(data, labels, few=0)
         self.labels = 'louvain' if labels is None else labels
         self.genes,self.var = list(map(str, data.var_names)),_names_of_genes(data.var)
-        self.history,self.trained,self.scored = pd.DataFrame(),False,False
+        self.trained = self.scored = False
+        self.history = pd.DataFrame()
         self._X = data.X
         on_disk = data is data.X
         self._library,totals = (data.library,data.gene_totals) if on_disk else (data.X.sum(1).A1,data.X.sum(0).A1)
         self._name_labels(label, _colors(data, self.labels))
-        self._totals = totals if self.unnamed==0 else self._X[np.flatnonzero(self._label<len(self.categories))].sum(0).A1
+        kept = np.flatnonzero(self._label<len(self.categories))
+        self._totals = self._X[kept].sum(0).A1 if self.unnamed else totals
         parts = (lognorm(B) for _,B in _blocks(data.X))
         with steady(), seeded(0):
             means = cluster_means(parts, label.codes, len(label.categories), min_cells=1)
@@ -132,15 +136,17 @@ class SCLD:
 def _check_column(labels):
     "Refuse what cannot be the column of labels"
     if labels is None: return
-    one = "two columns make one: adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].astype(str)"
-    if not isinstance(labels, str): raise TypeError(f"labels is the name of one column of obs, got {type(labels).__name__}; {one}")
-    if labels in (*OWN,'_index'): raise ValueError(f"labels={labels!r} is a name that made cells need for something else; rename a copy: adata.obs.rename(columns={{{labels!r}: 'my_{labels.strip('_')}'}})")
+    if not isinstance(labels, str):
+        kind = type(labels).__name__
+        raise TypeError(f"labels is the name of one column of obs, got {kind}; two columns make one: {_join_two}")
+    if labels in (*OWN,'_index'):
+        new = f"adata.obs.rename(columns={{{labels!r}: 'my_{labels.strip('_')}'}})"
+        raise ValueError(f"labels={labels!r} is a name that made cells need for something else; rename a copy: {new}")
 
 # %% ../nbs/05a_model.ipynb #49ac69df
 def _names_of_genes(var):
     "The columns of `var` that are text"
-    text = [c for c in var if var[c].dtype.kind in 'OUST' or isinstance(var[c].dtype, (pd.CategoricalDtype,pd.StringDtype))]
-    text = [c for c in text if var[c].map(lambda v: isinstance(v, str)).all()]
+    text = [c for c in var if var[c].map(lambda v: isinstance(v, str)).all()]
     return pd.DataFrame({str(c): var[c].astype(str).to_numpy(object) for c in text}, index=list(map(str, var.index)))
 
 # %% ../nbs/05a_model.ipynb #b3569551
@@ -301,7 +307,10 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     sched = self.sched
     def loss(i): return net.denoiser.loss(sched, net.scale(z[i]+sd[i]*torch.randn_like(z[i])), cond[i], s['share'])
     try: self._record('diffusion', fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, desc='diffusion', **kw))
-    except KeyboardInterrupt: net.eval(); self.trained = True; raise
+    except KeyboardInterrupt:
+        net.eval()
+        self.trained = True
+        raise
     self.trained = True
 
 # %% ../nbs/05a_model.ipynb #e5326bcf
@@ -346,7 +355,8 @@ def train(self:SCLD,
     device,kept = _device(device),self._checkpoints(checkpoint, resume, steps=steps, batch_size=batch_size, seed=seed, processes=size)
     with alone(None if rank else checkpoint, f"another process is training into {checkpoint}; choose another folder"), steady(threads := self.settings['threads']):
         kw = dict(batch_size=batch_size, seed=seed, progress=progress and rank==0, threads=threads)
-        self.trained,self.scored,self.history = False,False,pd.DataFrame()
+        self.trained = self.scored = False
+        self.history = pd.DataFrame()
         with seeded(seed): self._build(self.net.denoiser.means.cpu())
         self.net.to(device)
         try: self._fit_autoencoder(max(min(steps//3, 2000, 60*len(self._label)//batch_size), 5), checkpoint=kept('autoencoder'), **kw)
@@ -383,7 +393,10 @@ BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering
 class _PerRow:
     "Random numbers for the rows of arrays, from a generator of its own for each row"
     def __init__(self, seeds): self.rngs = [np.random.default_rng(s) for s in seeds]
-    def __getitem__(self, rows): part = _PerRow(()); part.rngs = [self.rngs[i] for i in rows]; return part
+    def __getitem__(self, rows):
+        part = _PerRow(())
+        part.rngs = [self.rngs[i] for i in rows]
+        return part
     def __getattr__(self, name): return lambda *a: np.stack([getattr(r, name)(*v) for r,*v in zip(self.rngs, *np.broadcast_arrays(*a), strict=True)])
 
 # %% ../nbs/05a_model.ipynb #216db19e
@@ -522,7 +535,8 @@ def _request(self:SCLD,
     for k in n if isinstance(n, dict) else (): self._check_label(k)
     for k,m in want.items(): _check_number(k, m, self.categories)
     if not want: raise ValueError("no cells asked for: pass a number, or {'label': number}")
-    if sum(want.values())>10**8: raise ValueError(f"{sum(want.values()):,} cells are too many for one call; ask for at most 100,000,000")
+    total = sum(want.values())
+    if total>10**8: raise ValueError(f"{total:,} cells are too many for one call; ask for at most 100,000,000")
     if not isinstance(n, dict): return np.full(n, len(self.categories), np.int32) if holistic else self._mix(n, seed)
     return np.repeat(np.array([self.categories.index(k) for k in want], np.int32), list(want.values()))
 
@@ -532,7 +546,9 @@ def _check_label(self:SCLD, k):
     "Refuse a label that the model does not know"
     if k in self.categories: return
     few = self.settings['min_cells']
-    if k in self.small: raise ValueError(f"label {k!r} has {self.small[k]} training cells, fewer than min_cells={few}; cells made from so few are near copies")
+    if k in self.small:
+        has = f"label {k!r} has {self.small[k]} training cells, fewer than min_cells={few}"
+        raise ValueError(f"{has}; cells made from so few are near copies")
     same = [c for c in self.categories if c.lower()==str(k).lower()]
     near = (same or get_close_matches(str(k), self.categories, 1, 0))[0]
     none = f" (labels of fewer than {few} cells have no name in a model)" if self.unnamed else ''
@@ -542,9 +558,11 @@ def _check_label(self:SCLD, k):
 def _check_number(k, m, labels):
     "Refuse what is no number of cells"
     if not isinstance(m, (bool,str,list,tuple,set)) and isinstance(m, (int,np.integer)) and m>0: return
-    asked = [v for v in ([m] if isinstance(m, str) else m if isinstance(m, (list,tuple,set)) else ()) if v in labels]
-    if asked: raise TypeError(f"{m!r} says which cells, not how many; pass {{{', '.join(f'{v!r}: 500' for v in asked)}}}")
-    raise ValueError(f"the number of cells{f' of {k!r}' if k is not None else ''} must be a whole number above 0, got {m!r}")
+    names = [m] if isinstance(m, str) else m if isinstance(m, (list,tuple,set)) else ()
+    asked = ', '.join(f'{v!r}: 500' for v in names if v in labels)
+    if asked: raise TypeError(f"{m!r} says which cells, not how many; pass {{{asked}}}")
+    of = '' if k is None else f' of {k!r}'
+    raise ValueError(f"the number of cells{of} must be a whole number above 0, got {m!r}")
 
 # %% ../nbs/05a_model.ipynb #0408fa71
 @patch
@@ -606,7 +624,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of generated cells to keep of each kind and block, best score first: 0.8 in the paper, 1 for no filter
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.25, # Refuse labels asked for by name whose cells are recognised less often than this share of what real cells are; 0 takes them as they are
+    floor:float=0.25, # Refuse labels asked for by name that are recognised less often than this share of real cells; 0: none
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # File to write block by block, for more cells than memory holds; an h5ad
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
@@ -622,12 +640,14 @@ def sample(self:SCLD,
     label = self._request(n, guidance==-1, seed)
     first = _share(-(-len(label)//BLOCK), part)[0]
     asked = json.dumps({k: int(m) for k,m in n.items()}) if isinstance(n, dict) else str(n)
-    how = dict(n=asked, guidance=float(guidance), keep=float(keep), steps=int(steps), seed=int(seed), part='{}/{}'.format(*part))
+    how = dict(n=asked, guidance=float(guidance), keep=float(keep), steps=int(steps), seed=int(seed))
+    how['part'] = '{}/{}'.format(*part)
     self._say_unnamed(n)
     block = partial(self._block, guidance=how['guidance'], keep=keep, steps=steps)
     blocks = self._queue(block, label, (seed,0), max(batch_size//BLOCK, 1), progress, part)
     blocks = self._look(blocks, floor, isinstance(n, dict), guidance>=0)
-    return self._anndata(*_join(blocks), how, BLOCK*first) if out is None else self._write(out, blocks, how, first, label, part)
+    if out is None: return self._anndata(*_join(blocks), how, BLOCK*first)
+    return self._write(out, blocks, how, first, label, part)
 
 # %% ../nbs/05a_model.ipynb #4c510fdf
 def _free_name(out):
@@ -644,7 +664,8 @@ def _say_unnamed(self:SCLD, n):
     if isinstance(n, dict) or not self.unnamed: return
     share = self.unnamed/(self.unnamed+self.cells['n'].sum())
     few = self.settings['min_cells']
-    warnings.warn(f"{share:.0%} of the training cells have labels of fewer than min_cells={few} cells; as large a share of the made cells carries the names of the labels they are most like", stacklevel=3)
+    lost = f"{share:.0%} of the training cells have labels of fewer than min_cells={few} cells"
+    warnings.warn(f"{lost}; as large a share of the made cells carries the names of labels they are most like", stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #982a74d2
 @patch
@@ -654,7 +675,8 @@ def _anndata(self:SCLD, X, z, score, name, how, start=0):
     obs[self.labels] = pd.Categorical.from_codes(name, self.categories)
     obs['scld_source'] = pd.Categorical(['synthetic']*len(name))
     obs['scld_score'] = score
-    uns = {'scld': dict(how, version=__version__, model=self.fingerprint, labels=self.labels, settings=json.dumps(self.settings))}
+    model = dict(version=__version__, model=self.fingerprint, labels=self.labels)
+    uns = {'scld': dict(how, **model, settings=json.dumps(self.settings))}
     if len(self.colors)==len(self.categories): uns[f'{self.labels}_colors'] = [self.colors[k] for k in self.categories]
     return AnnData(X, obs=obs, var=self.var.copy(), obsm={} if z is None else {'X_scld': z}, uns=uns)
 
@@ -782,28 +804,30 @@ def _parse_config(data, where):
     if not isinstance(config, dict): raise ValueError(f"{where} is damaged: it is no JSON object")
     version = config.get('format')
     if isinstance(version, int) and version!=FORMAT:
-        raise ValueError(f"{where} was saved by scld {config.get('version')} in format {version}; this version reads format {FORMAT}")
-    if config.pop('sha256', None)!=sha256(config): raise ValueError(f"{where} is damaged: its SHA-256 is not the one it carries")
+        saved = f"{where} was saved by scld {config.get('version')} in format {version}"
+        raise ValueError(f"{saved}; this version reads format {FORMAT}")
+    if config.pop('sha256', None)!=sha256(config):
+        raise ValueError(f"{where} is damaged: its SHA-256 is not the one it carries")
     return config
 
 # %% ../nbs/05a_model.ipynb #896108fe
-def _is_names(v): return isinstance(v, list) and 0<len(v)==len({*map(str, v)}) and all(isinstance(k, str) for k in v)
-def _is_table(v): return isinstance(v, dict) and all(isinstance(c, list) and all(isinstance(x, str) for x in c) for c in v.values())
+def _is_text(v): return isinstance(v, list) and all(isinstance(x, str) for x in v)
+def _is_names(v): return _is_text(v) and 0<len(v)==len(set(v))
 def _is_number(v, low, high): return isinstance(v, (int,float)) and not isinstance(v, bool) and low<=v<=high
+def _are_numbers(v, n): return isinstance(v, list) and len(v)==n and all(_is_number(x, 0, 1e12) for x in v)
 
 fields = {
     'format': lambda v, c: v==FORMAT,
     'labels': lambda v, c: isinstance(v, str),
     'categories': lambda v, c: _is_names(v),
-    'colors': lambda v, c: isinstance(v, dict) and set(v)<=set(c['categories']) and all(isinstance(x, str) for x in v.values()),
+    'colors': lambda v, c: set(v)<=set(c['categories']) and _is_text(list(v.values())),
     'genes': lambda v, c: _is_names(v),
-    'var': lambda v, c: _is_table(v) and all(len(x)==len(c['genes']) for x in v.values()),
+    'var': lambda v, c: all(_is_text(x) and len(x)==len(c['genes']) for x in v.values()),
     'unnamed': lambda v, c: isinstance(v, int) and _is_number(v, 0, 1e12),
     'scored': lambda v, c: isinstance(v, bool),
-    'weights': lambda v, c: isinstance(v, dict) and isinstance(v.get('sha256'), str),
-    'cells': lambda v, c: isinstance(v, dict) and set(v)=={'n','share','mean','sd','real'} and all(
-        isinstance(x, list) and len(x)==len(c['categories']) and all(_is_number(y, 0, 1e12) for y in x) for x in v.values())
-        and min(v['n'])>=1}
+    'weights': lambda v, c: isinstance(v['sha256'], str),
+    'cells': lambda v, c: set(v)=={'n','share','mean','sd','real'} and min(v['n'])>=1 and all(
+        _are_numbers(x, len(c['categories'])) for x in v.values())}
 
 # %% ../nbs/05a_model.ipynb #f61468d1
 def _check_config(config, where):
@@ -811,9 +835,11 @@ def _check_config(config, where):
     for name,rule in fields.items():
         try: ok = rule(config[name], config)
         except (KeyError,TypeError,ValueError,AttributeError): ok = False
-        if not ok: raise ValueError(f"{where} is not what a model needs: {name!r} is {str(config.get(name, 'missing'))[:60]}")
+        shown = str(config.get(name, 'missing'))[:60]
+        if not ok: raise ValueError(f"{where} is not what a model needs: {name!r} is {shown}")
     try: config['settings'] = _settings('default', config['settings'])
-    except (KeyError,TypeError,ValueError,AttributeError) as e: raise ValueError(f"{where} is not what a model needs: settings: {e}") from e
+    except (KeyError,TypeError,ValueError,AttributeError) as e:
+        raise ValueError(f"{where} is not what a model needs: settings: {e}") from e
     return config
 
 # %% ../nbs/05a_model.ipynb #543e4352
@@ -821,7 +847,8 @@ def _parse_weights(data, said, want, where):
     "The checked arrays in the bytes `data`, in the shapes of `want`"
     if sha256(data)!=said['sha256']: raise ValueError(f"{where} is damaged: its SHA-256 is not the one in config.json")
     try: weights = from_bytes(data)
-    except (SafetensorError,KeyError,ValueError) as e: raise ValueError(f"{where} is not a safetensors file: {e}") from e
+    except (SafetensorError,KeyError,ValueError) as e:
+        raise ValueError(f"{where} is not a safetensors file: {e}") from e
     if {k: v.shape for k,v in weights.items()}!={k: v.shape for k,v in want.items()}:
         raise ValueError(f"{where} does not hold the arrays that config.json implies")
     weights = {k: v.to(want[k].dtype) for k,v in weights.items()}
@@ -839,22 +866,26 @@ def _read_model(cls, path):
     "A model without weights, the checked config and the bytes of the weights, all of one moment"
     made = []
     def size(read):
-        made[:] = _without_weights(cls, _check_config(_parse_config(read[FILES[0]], path/FILES[0]), path/FILES[0]), path)
+        config = _check_config(_parse_config(read[FILES[0]], path/FILES[0]), path/FILES[0])
+        made[:] = _without_weights(cls, config, path),config
         return sum(v.numel()*v.element_size() for v in made[0].net.state_dict().values())+2**16
     read = read_files(path, {FILES[0]: 2**28, FILES[1]: size}, 'a saved model')
     return *made,read[FILES[1]]
 
 def _without_weights(cls, config, path):
-    "A model that takes no memory for its arrays, and its config"
+    "A model that takes no memory for its arrays"
     self = cls.__new__(cls)
     for k in ('settings','labels','categories','colors','genes','unnamed','scored'): setattr(self, k, config[k])
     self.cells = pd.DataFrame(config['cells'], index=config['categories'])
     self.var = pd.DataFrame(config['var'], index=config['genes'])
-    self._X,self._label,self.history,self.trained,self.small = None,None,pd.DataFrame(),True,{}
+    self._X = self._label = None
+    self.history,self.small = pd.DataFrame(),{}
+    self.trained = True
     try:
         with steady(), torch.device('meta'): self._build(torch.zeros(len(self.categories)+1, len(self.genes)))
-    except (RuntimeError,TypeError,ValueError) as e: raise ValueError(f"{path/FILES[0]} is not what a model needs: {e}") from e
-    return self,config
+    except (RuntimeError,TypeError,ValueError) as e:
+        raise ValueError(f"{path/FILES[0]} is not what a model needs: {e}") from e
+    return self
 
 # %% ../nbs/05a_model.ipynb #819b23f9
 @patch(cls_method=True)
@@ -865,7 +896,8 @@ def load(cls:SCLD,
     "Read a model; `ValueError` if it changed since it was saved"
     path,device = Path(path),_device(device)
     self,config,weights = _read_model(cls, path)
-    self.net.load_state_dict(_parse_weights(weights, config['weights'], self.net.state_dict(), path/FILES[1]), assign=True)
+    arrays = _parse_weights(weights, config['weights'], self.net.state_dict(), path/FILES[1])
+    self.net.load_state_dict(arrays, assign=True)
     self.net.eval().to(device)
     return self
 
@@ -893,7 +925,8 @@ def score(self:SCLD,
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
     X = self._align(read_counts(adata, layer), missing)
-    with steady(): return np.concatenate([self.net.scorer.score(torch.from_numpy(X[i:i+1024].toarray()).to(self.device)).cpu().numpy() for i in range(0, X.shape[0], 1024)])
+    parts = (torch.from_numpy(X[i:i+1024].toarray()).to(self.device) for i in range(0, X.shape[0], 1024))
+    with steady(): return np.concatenate([self.net.scorer.score(p).cpu().numpy() for p in parts])
 
 # %% ../nbs/05a_model.ipynb #22bf685a
 @patch

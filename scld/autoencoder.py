@@ -258,7 +258,7 @@ class Autoencoder(nn.Module):
         self.noise,self.prior,self.n_latent,self.likelihood,self.features = noise,prior,n_latent,likelihoods[likelihood](n_genes),features[reads](n_genes, n_latent)
         def two(ni, no): return nn.Sequential(nn.Linear(ni, n_hidden), nn.LayerNorm(n_hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(n_hidden, no))
         self.encoder,self.decoder = two(self.features.n_out, n_latent*(2 if noise is None else 1)),two(n_latent, self.likelihood.n_out)
-        self.register_buffer('n_cells', torch.tensor(torch.inf))
+        self.n_cells = torch.inf   # known to training alone
 
 # %% ../nbs/01_autoencoder.ipynb #48a2f0de
 @patch
@@ -307,7 +307,7 @@ def start_at(self:Autoencoder,
     n_cells:int, # Number of cells to learn from
 )->Autoencoder: # Itself
     "Let the untrained encoder return the components, and the untrained decoder the average cell"
-    self.n_cells = torch.tensor(float(n_cells))
+    self.n_cells = n_cells
     self.features.learn(share, blocks)
     first,last,counts = self.encoder[-1],self.decoder[-1],isinstance(self.likelihood, Poisson)
     last.weight.mul_(0.1); last.bias.zero_()
@@ -421,7 +421,7 @@ def read(self:Checkpoint)->tuple|None: # Arrays and the rest, or nothing where t
     if not whole: raise ValueError(f"{self.path} is damaged; delete it, and its stage starts anew")
     info = json.loads(meta['info'])
     off = [f'{k} was {info["run"].get(k)!r} and is {v!r}' for k,v in self.run.items() if info['run'].get(k)!=v]
-    if off: raise ValueError(f"{self.path} belongs to another run: {'; '.join(off)}; choose another folder")
+    if off: raise ValueError(f"{self.path} belongs to another run: {'; '.join(off)}; repeat its settings, or choose another folder")
     return tensors,info
 
 # %% ../nbs/01_autoencoder.ipynb #7898be9d

@@ -270,7 +270,7 @@ _options = { # What the library advises: what to do on the command line
     r'read_counts\(adata\.T\)': _python(f"{_read_file}.T; {_write_file}"),
     r"(?:read_counts\()?(scanpy\.read_\w+)\(FILE(, [^)]*)?\)(\.T)?\)?": _python(rf"a = \1('FILE'\2)\3; {_write_file}"),
     r'anndata\.read_zarr\(FILE\)\.write_h5ad\(NEW\)': _python(f"a = anndata.read_zarr('FILE'); {_write_file}"),
-    r'adata\.obs\.rename\(columns=(\{.*?\})\)': _python(rf"{_read_file}; a.obs = a.obs.rename(columns=\1); {_write_file}")}
+    r'adata\.obs = adata\.obs\.rename\(columns=(\{.*?\})\)': _python(rf"{_read_file}; a.obs = a.obs.rename(columns=\1); {_write_file}")}
 
 def _as_options(text):
     "What the library says, in one line and with the options of the command line"
@@ -394,5 +394,6 @@ def main(
     with _streams(), _signals() as came:
         status = _answer(list(sys.argv[1:] if argv is None else argv), came)
         sys.stderr.flush()
-    if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)   # all is done but to end the process
+    for s in ('SIGINT','SIGTERM','SIGHUP') if argv is None else ():   # all is done but to end the process
+        if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
     return int(status)

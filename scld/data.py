@@ -163,10 +163,17 @@ def read_counts(
     adata = _open(data)
     with _closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
+# %% ../nbs/00_data.ipynb #ab0d4136
+def _refuse_scaled(adata, layer):
+    "Refuse to round what looks logged or scaled"
+    fault = _fault(_blocks(_matrix(adata, layer)))
+    if fault and fault[0]=='fractional' and fault[-1].startswith('looks'): _refuse(adata, layer, fault)
+
 # %% ../nbs/00_data.ipynb #d34499a7
 def _counts(adata, layer, round_counts, drop_empty):
     "What `read_counts` returns"
     adata,layer = _raw(adata, layer)
+    if round_counts: _refuse_scaled(adata, layer)
     parts = []
     def watch():
         for start,B in _blocks(_matrix(adata, layer)):

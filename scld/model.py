@@ -118,6 +118,8 @@ class SCLD:
         if n<10: raise ValueError(f"{n} cells are too few to learn from; at least 10 are needed")
         label = cluster(data) if labels is None else read_labels(data, labels, few=0)
         self.labels = 'louvain' if labels is None else labels
+        _check_names(label.categories, 'labels')
+        _check_names(map(str, data.var_names), 'genes')
         self.genes,self.var = list(map(str, data.var_names)),_names_of_genes(data.var)
         self.trained = self.scored = False
         self.history = pd.DataFrame()
@@ -125,8 +127,7 @@ class SCLD:
         on_disk = data is data.X
         self._library,totals = (data.library,data.gene_totals) if on_disk else (data.X.sum(1).A1,data.X.sum(0).A1)
         self._name_labels(label, _colors(data, self.labels))
-        kept = np.flatnonzero(self._label<len(self.categories))
-        self._totals = self._X[kept].sum(0).A1 if self.unnamed else totals
+        self._totals = self._X[np.flatnonzero(self._named)].sum(0).A1 if self.unnamed else totals
         parts = (lognorm(B) for _,B in _blocks(data.X))
         with steady(), seeded(0):
             means = cluster_means(parts, label.codes, len(label.categories), min_cells=1)
@@ -139,14 +140,23 @@ def _check_column(labels):
     if not isinstance(labels, str):
         kind = type(labels).__name__
         raise TypeError(f"labels is the name of one column of obs, got {kind}; two columns make one: {_join_two}")
-    if labels in (*OWN,'_index'):
-        new = f"adata.obs.rename(columns={{{labels!r}: 'my_{labels.strip('_')}'}})"
-        raise ValueError(f"labels={labels!r} is a name that made cells need for something else; rename a copy: {new}")
+    if labels in (*OWN,'_index','') or not _writable(labels):
+        new = f"adata.obs = adata.obs.rename(columns={{{labels!r}: 'my_{labels.strip('_') or 'labels'}'}})"
+        raise ValueError(f"labels={labels!r} is a name that a file of made cells cannot have; rename it: {new}")
+
+def _writable(text): return '\0' not in text and text.encode('utf-8', 'ignore').decode()==text
+
+def _check_names(names, what):
+    "Refuse names that no file can hold"
+    bad = [k for k in names if not _writable(k)]
+    if bad: raise ValueError(f"{len(bad)} {what} cannot be written to a file, the first {bad[0]!r}; rename them")
 
 # %% ../nbs/05a_model.ipynb #49ac69df
 def _names_of_genes(var):
     "The columns of `var` that are text"
-    text = [c for c in var if var[c].map(lambda v: isinstance(v, str)).all()]
+    var = var.loc[:,~var.columns.duplicated()]
+    text = [c for c in var if str(c) not in ('','_index') and _writable(str(c))]
+    text = [c for c in text if var[c].map(lambda v: isinstance(v, str) and _writable(v)).all()]
     return pd.DataFrame({str(c): var[c].astype(str).to_numpy(object) for c in text}, index=list(map(str, var.index)))
 
 # %% ../nbs/05a_model.ipynb #b3569551
@@ -199,7 +209,8 @@ def _name_labels(self:SCLD, label, colors):
     "Give each cell the number of its label, K where that is too small, and keep a table of the others"
     few,codes = self.settings['min_cells'],label.codes.astype(np.int64)
     n = np.bincount(codes, minlength=len(label.categories))
-    big = n>=few if (n>=few).any() else n>0
+    big = n>=few
+    if not big.any(): raise ValueError(f"all {len(n)} labels have fewer than min_cells={few} cells, the most {n.max()}; pass a lower min_cells, or labels of more cells")
     self.small = {str(k): int(m) for k,m in zip(label.categories[~big], n[~big])}
     self.categories = list(label.categories[big])
     self.colors = {k: colors[k] for k in self.categories if k in colors}
@@ -222,6 +233,12 @@ def _kept_means(self:SCLD, means, label):
     rows = means[[list(label.categories).index(k) for k in self.categories]]
     n = torch.tensor(self.cells['n'].to_numpy(), dtype=torch.float32)
     return torch.vstack([rows, (n/n.sum())@rows])
+
+# %% ../nbs/05a_model.ipynb #2190cd46
+@patch(as_prop=True)
+def _named(self:SCLD)->np.ndarray: # True or False for each training cell, shape (n,)
+    "Is the label of a cell large enough to be kept?"
+    return (self._label<len(self.categories)).numpy()
 
 # %% ../nbs/05a_model.ipynb #175f6eca
 @patch
@@ -248,7 +265,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     free[held] = False
     rows = np.flatnonzero(free)
     share = torch.tensor(self._totals/self._totals.sum(), dtype=torch.float32, device=self.device)
-    ae.start_at(share, self._some(rows, seed), len(rows))
+    ae.start_at(share, self._some(rows[self._named[rows]], seed), len(rows))
     known = self._X[held] if len(held) else None
     def validate(ae):
         parts = (torch.from_numpy(known[i:i+250].toarray()).to(self.device) for i in range(0, len(held), 250))
@@ -271,7 +288,7 @@ def _some(self:SCLD, rows, seed, at_most=20_000):
 @patch
 def _calibrate(self:SCLD, seed):
     "Expected totals of genes as observed, equation (A5)"
-    with seeded(seed): self.net.ae.calibrate(lambda: self._some(np.arange(len(self._label)), seed))
+    with seeded(seed): self.net.ae.calibrate(lambda: self._some(np.flatnonzero(self._named), seed))
 
 # %% ../nbs/05a_model.ipynb #090b15cb
 @patch
@@ -288,7 +305,7 @@ def _record(self:SCLD, stage, loss, every=50):
 def _latents(self:SCLD)->tuple:
     "Latents of all training cells with their log library size, and the standard deviations of their noise, shape (n, n_latent+1) each"
     library = torch.from_numpy(self._library).float().to(self.device)
-    self.net.library = torch.stack(library[self._label<len(self.categories)].aminmax())
+    self.net.library = torch.stack(library[torch.from_numpy(self._named)].aminmax())
     z,s = torch.zeros(2, len(library), self.settings['n_latent']+1, device=self.device)
     z[:,-1] = library.log()
     for i in torch.arange(len(z)).split(1024): z[i,:-1],s[i,:-1] = self.net.ae.posterior(self._counts(i))
@@ -300,8 +317,9 @@ def _fit_diffusion(self:SCLD, steps, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
     (z,sd),net,s = self._latents(),self.net,self.settings
     cond = self._label.to(self.device)
-    spread = sd.square().mean(0).sqrt()
-    net.scale.fit(z)
+    named = torch.from_numpy(self._named)
+    spread = sd[named].square().mean(0).sqrt()
+    net.scale.fit(z[named])
     net.scale.std = (net.scale.std**2+spread**2).sqrt()
     self._fit_labeller(kw['seed'])
     sched = self.sched
@@ -322,7 +340,7 @@ def _fit_labeller(self:SCLD, seed):
     rows = np.sort(np.concatenate([order[label[order]==k][:max(4000//K, 50)] for k in range(K)]))
     X,code = self._X[rows],label[rows]
     self.net.labeller = fit_labeller(X, code, K).to(self.device)
-    self.cells['real'] = shrunk(recognised_real(X, code, K, seed=seed), np.bincount(code))
+    self.cells['real'] = recognised_real(X, code, K, seed=seed)
 
 # %% ../nbs/05a_model.ipynb #2ed2fd8f
 @patch
@@ -413,7 +431,9 @@ def _denoise_and_draw(self:SCLD,
     zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
     z = run_sampler(denoiser, zT, self.sched, cond, snr_timesteps(self.sched, steps), dpm_step)
     raw = self.net.scale.inverse(z)
-    counts = self._draw_counts(raw[:,:-1], raw[:,-1:].exp().clamp(*self.net.library.tolist()), _PerRow(seeds))
+    library = raw[:,-1:].exp().clamp(*self.net.library.tolist())
+    try: counts = self._draw_counts(raw[:,:-1], library, _PerRow(seeds))
+    except ValueError as e: raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
     score = self.net.scorer.score(torch.from_numpy(counts).to(z)) if self.scored else torch.full((len(z),), torch.nan)
     return sparse.csr_matrix(counts, dtype=np.float32), z.cpu().numpy(), score.cpu().numpy()
 
@@ -581,11 +601,17 @@ def _look(self:SCLD,
             odds,own = self.net.labeller.log_odds(X),(k<K)&heard
             n += np.bincount(k[own], minlength=K)
             seen += np.bincount(k[own][odds[own].argmax(1)==k[own]], minlength=K)
-            if named: self._refuse_unlike(n, seen, floor)
+            if named and floor: self._refuse_unlike(np.unique(k[own]), n, seen, floor)
             yield X,z,score,np.where(own, k, (odds+prior).argmax(1))
     self._unlike(n, seen)
 
 # %% ../nbs/05a_model.ipynb #657f0864
+@patch
+def _real(self:SCLD):
+    "How often real cells of each label are surely recognised, shape (K,): where few were seen, not more than labels on average"
+    share,n = self.cells['real'].to_numpy(),self.cells['n'].to_numpy()
+    return np.minimum(share, shrunk(share, n))
+
 @patch
 def _recognised(self:SCLD, k, n, seen):
     "How often cells of label number `k` are recognised, in words"
@@ -594,9 +620,10 @@ def _recognised(self:SCLD, k, n, seen):
             f"learnt from {label['n']:,.0f}")
 
 @patch
-def _refuse_unlike(self:SCLD, n, seen, floor):
-    "`RuntimeError` where a label is recognised less often than `floor` allows"
-    bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], floor*self.cells['real'].iloc[k])]
+def _refuse_unlike(self:SCLD, labels, n, seen, floor):
+    "`RuntimeError` where one of some labels is recognised less often than `floor` allows"
+    real = self._real()
+    bad = [k for k in labels if too_few(seen[k], n[k], floor*real[k], level=0.05)]
     what = "made cells are not what was asked for; by expression a classifier recognises as"
     todo = "train longer or on more cells of it, or take them as they are with floor=0"
     for k in bad: raise RuntimeError(f"{what} {self._recognised(k, n, seen)}; {todo}")
@@ -604,7 +631,8 @@ def _refuse_unlike(self:SCLD, n, seen, floor):
 @patch
 def _unlike(self:SCLD, n, seen, share=0.8):
     "Warn of labels that are recognised less often than `share` of what real cells are"
-    bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], share*self.cells['real'].iloc[k])]
+    real = self._real()
+    bad = [k for k in np.flatnonzero(n) if too_few(seen[k], n[k], share*real[k])]
     said = [self._recognised(k, n, seen) for k in bad[:5]]+['…'][:len(bad)>5]
     few = f"made cells of {len(bad)} of {np.count_nonzero(n)} labels are less like their label than real cells are"
     if bad: warnings.warn(f"{few}; a classifier of expression recognises as {'; as '.join(said)}", stacklevel=5)
@@ -715,7 +743,7 @@ def _config(self:SCLD, weights):
 @patch
 def _weights(self:SCLD, scorer=True):
     "All weights as the bytes of a safetensors file; zeros for those of a scorer that is to stay"
-    def kept(k, v): return v.cpu().contiguous() if scorer or not k.startswith('scorer.') else torch.zeros(v.shape)
+    def kept(k, v): return v.cpu().contiguous() if scorer or not k.startswith('scorer.') else torch.zeros_like(v, device='cpu')
     return to_bytes({k: kept(k, v) for k,v in self.net.state_dict().items()})
 
 # %% ../nbs/05a_model.ipynb #3108e5b0
@@ -806,27 +834,31 @@ def _parse_config(data, where):
     if isinstance(version, int) and version!=FORMAT:
         saved = f"{where} was saved by scld {config.get('version')} in format {version}"
         raise ValueError(f"{saved}; this version reads format {FORMAT}")
-    if config.pop('sha256', None)!=sha256(config):
+    said = config.pop('sha256', None)
+    try: same = said==sha256(config)
+    except ValueError: same = False   # numbers that are none
+    if not same:
         raise ValueError(f"{where} is damaged: its SHA-256 is not the one it carries")
     return config
 
 # %% ../nbs/05a_model.ipynb #896108fe
 def _is_text(v): return isinstance(v, list) and all(isinstance(x, str) for x in v)
-def _is_names(v): return _is_text(v) and 0<len(v)==len(set(v))
+def _is_names(v): return _is_text(v) and 0<len(v)==len(set(v)) and all(map(_writable, v))
+def _is_column(v): return v not in (*OWN,'_index','') and _writable(v)
 def _is_number(v, low, high): return isinstance(v, (int,float)) and not isinstance(v, bool) and low<=v<=high
 def _are_numbers(v, n): return isinstance(v, list) and len(v)==n and all(_is_number(x, 0, 1e12) for x in v)
 
 fields = {
-    'format': lambda v, c: v==FORMAT,
-    'labels': lambda v, c: isinstance(v, str),
+    'format': lambda v, c: v==FORMAT and isinstance(v, int),
+    'labels': lambda v, c: _is_column(v),
     'categories': lambda v, c: _is_names(v),
     'colors': lambda v, c: set(v)<=set(c['categories']) and _is_text(list(v.values())),
     'genes': lambda v, c: _is_names(v),
-    'var': lambda v, c: all(_is_text(x) and len(x)==len(c['genes']) for x in v.values()),
+    'var': lambda v, c: all(_is_column(k) and _is_text(x) and len(x)==len(c['genes']) for x in v.values()),
     'unnamed': lambda v, c: isinstance(v, int) and _is_number(v, 0, 1e12),
     'scored': lambda v, c: isinstance(v, bool),
     'weights': lambda v, c: isinstance(v['sha256'], str),
-    'cells': lambda v, c: set(v)=={'n','share','mean','sd','real'} and min(v['n'])>=1 and all(
+    'cells': lambda v, c: set(v)=={'n','share','mean','sd','real'} and min(v['n'])>=1 and max(v['real'])<=1 and all(
         _are_numbers(x, len(c['categories'])) for x in v.values())}
 
 # %% ../nbs/05a_model.ipynb #f61468d1

@@ -152,7 +152,7 @@ def recognised_real(
 )->np.ndarray: # Share of each type's cells that are recognised, shape (n_labels,)
     "How often real cells that the labeller has not seen are recognised as their type"
     if n_labels==1: return np.ones(1)
-    right = np.zeros(len(code))
+    right,n_parts = np.zeros(len(code)),min(n_parts, len(code))
     for part in split(code, [1/n_parts]*n_parts, seed):
         rest = np.setdiff1d(np.arange(len(code)), part)
         odds = fit_labeller(X[rest], code[rest], n_labels).log_odds(X[part])

@@ -304,32 +304,38 @@ def _length(path):
 
 # %% ../nbs/0_files.ipynb #99636ce7
 def _mtx_header(path):
-    "Numbers of rows, columns and values of a Matrix Market file; refuses a header that does not fit the file"
+    "Lines before the first value of a Matrix Market file, rows, columns and values; refuses a header that does not fit"
     with _unpacked(path) as f:
-        lines = iter(lambda: f.readline(2**16), b'')
-        line = next((l for l in lines if l.strip() and l[:1]!=b'%'), b'')
+        lines = enumerate(iter(lambda: f.readline(2**16), b''), 1)
+        kind = next(lines, (0,b''))[1].lower().split()
+        at,line = next(((i,l) for i,l in lines if l.strip() and l[:1]!=b'%'), (0,b''))
+    if kind[:3]!=[b'%%matrixmarket',b'matrix',b'coordinate'] or kind[3:] not in ([b'integer',b'general'],[b'real',b'general']):
+        raise ValueError(f"its first line says {b' '.join(kind)[:80]!r}; expected a coordinate matrix, integer or real, general")
     n,n_bytes = [int(v) for v in line.split()],_length(path)
-    if len(n)<2 or min(n)<0: raise ValueError(f"its header {line[:60]!r} does not give rows, columns and values")
-    rows,columns = n[:2]
-    values = n[2] if len(n)>2 else rows*columns
-    if values>rows*columns or 2*values>n_bytes or max(rows, columns)>10**6+n_bytes:
+    if len(n)!=3 or min(n)<0: raise ValueError(f"its header {line[:60]!r} does not give rows, columns and values")
+    rows,columns,values = n
+    if values>rows*columns or 6*values>n_bytes or max(rows, columns)>10**6+n_bytes:
         size = f"{values:,} values in {rows:,} rows and {columns:,} columns"
         raise ValueError(f"its header declares {size}, in {n_bytes:,} bytes")
-    return rows,columns
+    return at,rows,columns,values
 
+# %% ../nbs/0_files.ipynb #f5be0b92
 def _read_matrix(path):
     "The matrix of a Matrix Market file turned round: cells by genes, CSR"
-    from scipy.io import mmread
-    rows,columns = _mtx_header(path)
-    with _unpacked(path) as f: M = sparse.coo_matrix(mmread(f))
-    for i,n in ((M.row,rows), (M.col,columns)):
-        if len(i) and not 0<=i.min()<=i.max()<n: raise ValueError("an entry lies outside of the matrix")
-    bad = np.flatnonzero(M.data<0) if M.dtype.kind in 'if' else []
+    skip,rows,columns,values = _mtx_header(path)
+    kinds = dict(row=np.int64, column=np.int64, value=np.float64, more=object)
+    how = dict(sep=r'\s+', header=None, skiprows=skip, comment='%', names=list(kinds), dtype=kinds)
+    with _unpacked(path) as f: t = pd.read_csv(f, **how) if values else pd.DataFrame(columns=kinds).astype(kinds)
+    if len(t)!=values: raise ValueError(f"its header declares {values:,} values, and {len(t):,} follow")
+    if t['value'].isna().any() or t['more'].notna().any(): raise ValueError("a line is not row, column and value")
+    for name,n in (('row',rows), ('column',columns)):
+        if len(t) and not 1<=t[name].min()<=t[name].max()<=n: raise ValueError("an entry lies outside of the matrix")
+    bad = t[t['value']<0]
     if len(bad):
-        k = bad[0]
-        first = f"the first {M.data[k]:.9g} in row {M.row[k]+1}, column {M.col[k]+1}"
+        first = f"the first {bad['value'].iloc[0]:.9g} in row {bad['row'].iloc[0]}, column {bad['column'].iloc[0]}"
         raise ValueError(f"{len(bad):,} negative values, {first}; pass the counts as they were before")
-    return M.T.tocsr()
+    at = t['column'].to_numpy()-1,t['row'].to_numpy()-1
+    return sparse.csr_matrix((t['value'].to_numpy(), at), shape=(columns,rows))
 
 # %% ../nbs/0_files.ipynb #190b6430
 def _matrix_file(path):

@@ -129,7 +129,7 @@ def choose(
     "What the validation cells say about ω and library sizes"
     inner,val = standard_cells(train, labels, n_val, seed)
     model = SCLD(inner, labels=labels, **settings).train(seed=seed, progress=progress)
-    types = {w: list(judge_asked(partial(model.sample, guidance=w, seed=seed), val, labels, n_trees, seed).values()) for w in guidances}
+    types = {w: list(judge_asked(partial(model.sample, guidance=w, floor=0., seed=seed), val, labels, n_trees, seed).values()) for w in guidances}
     made,x = model.sample(n_val, seed=seed),lognorm(val.X)
     def both(a): return [float(rf_auc(x, lognorm(a.X), p, n_trees, seed).mean()) for p in ('genes-5fold','pcs-5fold')]
     return dict(data=data, n_train=inner.n_obs, n_val=val.n_obs, seed=seed, n_trees=n_trees, settings=model.settings, version=__version__,

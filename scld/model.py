@@ -854,7 +854,7 @@ fields = {
     'categories': lambda v, c: _is_names(v),
     'colors': lambda v, c: set(v)<=set(c['categories']) and _is_text(list(v.values())),
     'genes': lambda v, c: _is_names(v),
-    'var': lambda v, c: all(_is_column(k) and _is_text(x) and len(x)==len(c['genes']) for x in v.values()),
+    'var': lambda v, c: all(_is_column(k) and _is_text(x) and len(x)==len(c['genes']) for k,x in v.items()),
     'unnamed': lambda v, c: isinstance(v, int) and _is_number(v, 0, 1e12),
     'scored': lambda v, c: isinstance(v, bool),
     'weights': lambda v, c: isinstance(v['sha256'], str),

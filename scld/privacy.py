@@ -216,7 +216,7 @@ def _questions(train, held, made, normalise=lognorm, n_cells=1500, n_perm=499, l
 # %% ../nbs/06a_privacy.ipynb #e36f6d43
 def _exchanged(found):
     "A sentence, if the answers of `_questions` look as if training and held-out cells had been exchanged"
-    less = [] if found['exact copies']['caught'] else [k for k,v in found.items() if v['less']]
+    less = [] if found.get('exact copies', {}).get('caught') else [k for k,v in found.items() if v['less']]
     return [f"Generated cells are closer to the held-out cells than to the training cells, beyond chance ({', '.join(less)}); were the two sets exchanged?"] if less else []
 
 # %% ../nbs/06a_privacy.ipynb #b1208cce

@@ -391,13 +391,13 @@ def per_type(
     tx, # Their kinds, shape (n,)
     y, # Generated cells, shape (m, n_genes)
     ty, # Their kinds, shape (m,)
-    min_cells:int=30, # Kinds with fewer cells on either side are not judged
+    min_label:int=30, # Kinds with fewer cells on either side are not judged
     **kwargs, # Passed on to `metric`
 )->dict: # Kind: the metric, or None where cells are too few
     "A metric within each type"
     tx,ty = _kinds(tx, x),_kinds(ty, y)
     rows = {t: (np.flatnonzero(tx==t),np.flatnonzero(ty==t)) for t in np.unique(tx).tolist()}
-    return {t: metric(x[i], y[j], **kwargs) if min(len(i),len(j))>=min_cells else None for t,(i,j) in rows.items()}
+    return {t: metric(x[i], y[j], **kwargs) if min(len(i),len(j))>=min_label else None for t,(i,j) in rows.items()}
 
 # %% ../nbs/06_metrics.ipynb #13a29b0a
 def wilcoxon(
@@ -418,13 +418,13 @@ def marker_agreement(
     tx, # Their kinds, shape (n,)
     y, # Generated cells, scaled and logged, shape (m, n_genes)
     ty, # Their kinds, shape (m,)
-    min_cells:int=10, # Kinds with fewer cells on either side are left out
+    min_label:int=10, # Kinds with fewer cells on either side are left out
 )->dict: # Kind: dict of `recovered`, a share, and `rank`, a correlation
     "Are the marker genes of each type the same?"
     from scipy.stats import spearmanr
     real,made,out = wilcoxon(x, tx),wilcoxon(y, ty),{}
     for k in real:
-        if min((np.asarray(t, str)==k).sum() for t in (tx,ty))<min_cells: continue
+        if min((np.asarray(t, str)==k).sum() for t in (tx,ty))<min_label: continue
         a,b = (np.argsort(-s[k], kind='stable') for s in (real,made))
         rank = spearmanr(real[k][a[:50]], made[k][a[:50]])[0] if made[k].any() else 0.
         out[k] = dict(recovered=len(np.intersect1d(a[:20], b[:20]))/20, rank=float(rank))

@@ -53,7 +53,7 @@ defaults = dict(
     predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
-    min_cells=5, # Labels with fewer cells cannot be asked for
+    min_label=5, # Labels with fewer cells cannot be asked for
     lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
     steps=6000, # Training steps of the diffusion
     threads=1) # Threads of each operation on the CPU while training; other numbers give other last digits
@@ -65,7 +65,7 @@ configs = dict(
 
 # %% ../nbs/05a_model.ipynb #884b3dbb
 ranges = dict(n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.), prior=(0.,100.), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=(1,65_536), n_emb=(2,4096),
-              dropout=(0.,0.95), T=(21,100_000), share=(0.,1.), min_cells=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
+              dropout=(0.,0.95), T=(21,100_000), share=(0.,1.), min_label=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
 
 _join_two = "adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].astype(str)"
 
@@ -130,7 +130,7 @@ class SCLD:
         self._totals = self._X[np.flatnonzero(self._named)].sum(0).A1 if self.unnamed else totals
         parts = (lognorm(B) for _,B in _blocks(data.X))
         with steady(), seeded(0):
-            means = cluster_means(parts, label.codes, len(label.categories), min_cells=1)
+            means = cluster_means(parts, label.codes, len(label.categories), min_label=1)
             self._build(self._kept_means(means, label))
 
 # %% ../nbs/05a_model.ipynb #866d1b07
@@ -207,10 +207,10 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
 @patch
 def _name_labels(self:SCLD, label, colors):
     "Give each cell the number of its label, K where that is too small, and keep a table of the others"
-    few,codes = self.settings['min_cells'],label.codes.astype(np.int64)
+    few,codes = self.settings['min_label'],label.codes.astype(np.int64)
     n = np.bincount(codes, minlength=len(label.categories))
     big = n>=few
-    if not big.any(): raise ValueError(f"all {len(n)} labels have fewer than min_cells={few} cells, the most {n.max()}; pass a lower min_cells, or labels of more cells")
+    if not big.any(): raise ValueError(f"all {len(n)} labels have fewer than min_label={few} cells, the most {n.max()}; pass a lower min_label, or labels of more cells")
     self.small = {str(k): int(m) for k,m in zip(label.categories[~big], n[~big])}
     self.categories = list(label.categories[big])
     self.colors = {k: colors[k] for k in self.categories if k in colors}
@@ -224,7 +224,7 @@ def _name_labels(self:SCLD, label, colors):
 def _too_small(small, few):
     "A sentence on labels of fewer than `few` cells"
     first = ', '.join(f'{k} ({n})' for k,n in list(small.items())[:5])+(', …' if len(small)>5 else '')
-    return f"labels of fewer than min_cells={few} cells cannot be asked for: {first}"
+    return f"labels of fewer than min_label={few} cells cannot be asked for: {first}"
 
 @patch
 def _kept_means(self:SCLD, means, label):
@@ -565,9 +565,9 @@ def _request(self:SCLD,
 def _check_label(self:SCLD, k):
     "Refuse a label that the model does not know"
     if k in self.categories: return
-    few = self.settings['min_cells']
+    few = self.settings['min_label']
     if k in self.small:
-        has = f"label {k!r} has {self.small[k]} training cells, fewer than min_cells={few}"
+        has = f"label {k!r} has {self.small[k]} training cells, fewer than min_label={few}"
         raise ValueError(f"{has}; cells made from so few are near copies")
     same = [c for c in self.categories if c.lower()==str(k).lower()]
     near = (same or get_close_matches(str(k), self.categories, 1, 0))[0]
@@ -691,8 +691,8 @@ def _say_unnamed(self:SCLD, n):
     "Warn that cells of labels too small to be kept come under other names"
     if isinstance(n, dict) or not self.unnamed: return
     share = self.unnamed/(self.unnamed+self.cells['n'].sum())
-    few = self.settings['min_cells']
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_cells={few} cells"
+    few = self.settings['min_label']
+    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
     warnings.warn(f"{lost}; as large a share of the made cells carries the names of labels they are most like", stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #982a74d2

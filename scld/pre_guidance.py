@@ -14,22 +14,22 @@ from .diffusion import NoiseSchedule
 from .unet import UNet
 
 # %% ../nbs/04_pre_guidance.ipynb #0be0cae5
-def _refuse_small(size, min_cells, names):
-    "Raise an error that names the clusters of fewer than `min_cells` cells, and any without"
-    few = [f'{k!r} ({n})' for k,n in zip(names, size) if n<max(min_cells, 1)]
-    if few: raise ValueError(f"clusters of fewer than {max(min_cells, 1)} cells: {', '.join(few)}; join them to others, drop them, or lower min_cells (the mean of one cell is that cell)")
+def _refuse_small(size, min_label, names):
+    "Raise an error that names the clusters of fewer than `min_label` cells, and any without"
+    few = [f'{k!r} ({n})' for k,n in zip(names, size) if n<max(min_label, 1)]
+    if few: raise ValueError(f"clusters of fewer than {max(min_label, 1)} cells: {', '.join(few)}; join them to others, drop them, or lower min_label (the mean of one cell is that cell)")
 
 # %% ../nbs/04_pre_guidance.ipynb #ca56126c
 def cluster_means(
     x, # Scaled, logged expression, CSR or dense, shape (n_cells, n_genes), or an iterable of consecutive blocks of its rows
     label, # Label of each cell, integers 0..K-1, shape (n_cells,)
     n_labels:int, # K
-    min_cells:int=5, # Smallest cluster that may be a condition
+    min_label:int=5, # Smallest cluster that may be a condition
     names=None, # Names of the K clusters, for the message; their numbers if absent
 )->torch.Tensor: # Means of the K clusters and, last, of all cells, shape (K+1, n_genes)
     "Conditions: the mean expression of each cluster, and of all cells; equation (8)"
     size,sums,start = np.bincount(label, minlength=n_labels),0,0
-    _refuse_small(size, min_cells, range(n_labels) if names is None else names)
+    _refuse_small(size, min_label, range(n_labels) if names is None else names)
     for b in [x] if hasattr(x, 'shape') else x:
         n = b.shape[0]
         member = sparse.csr_matrix(([1.]*n, (label[start:start+n], range(n))), shape=(n_labels,n))

@@ -573,7 +573,7 @@ d = { 'settings': { 'branch': 'main',
                            'scld.unet.UNet': ('unet.html#unet', 'scld/unet.py'),
                            'scld.unet.UNet.__init__': ('unet.html#unet.__init__', 'scld/unet.py'),
                            'scld.unet.UNet.forward': ('unet.html#unet.forward', 'scld/unet.py'),
-                           'scld.unet._choose': ('unet.html#_choose', 'scld/unet.py'),
                            'scld.unet._grow': ('unet.html#_grow', 'scld/unet.py'),
                            'scld.unet._halve': ('unet.html#_halve', 'scld/unet.py'),
+                           'scld.unet.choose': ('unet.html#choose', 'scld/unet.py'),
                            'scld.unet.timestep_embedding': ('unet.html#timestep_embedding', 'scld/unet.py')}}}

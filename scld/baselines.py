@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
-from .autoencoder import batches,fit as fit_network,latent_kl,seeded
+from .autoencoder import latent_kl
 from .data import check_counts,lognorm,read_labels
+from .training import batches,fit as fit_network,seeded
 
 # %% ../nbs/06e_baselines.ipynb #5519ee2c
 class Baseline:

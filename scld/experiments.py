@@ -6,10 +6,9 @@
 __all__ = ['trained_models', 'presets', 'data_sets', 'LABELS', 'systems', 'guidances', 'ranks', 'networks4', 'ablations',
            'tables', 'published', 'published_fusion', 'published_types', 'pairs', 'standard_cells', 'quick_cells',
            'judge', 'judge_asked', 'redraw_library', 'choose', 'chosen_guidance', 'keep_runs', 'Preset', 'DataSet',
-           'read_file', 'here', 'best_sets', 'experiment_cells', 'System', 'fit_typer', 'trained', 'judge_system',
-           'provenance', 'run_system', 'run_guidance', 'jobs', 'run_table', 'results_of', 'main', 'spread', 'summary',
-           'compare', 'claims', 'ahead', 'by_types', 'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results',
-           'caption']
+           'read_file', 'here', 'best_sets', 'experiment_cells', 'System', 'trained', 'judge_system', 'provenance',
+           'run_system', 'run_guidance', 'jobs', 'run_table', 'results_of', 'main', 'spread', 'summary', 'compare',
+           'claims', 'ahead', 'by_types', 'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
 
 # %% ../nbs/07_experiments.ipynb #32712497
 import argparse,hashlib,json,os,platform,sys,time,traceback
@@ -21,6 +20,7 @@ import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import sparse
 from . import __version__
+from .baselines import fit_typer
 from .data import cluster,filter_cells,filter_genes,find_data,lognorm,pbmc68k_reduced,read_counts,read_labels,split
 from .datasets import brain_small,data_home,pbmc68k,sources
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
@@ -273,22 +273,6 @@ systems = {
     'scld': _scld('scld, default', 'default', by_label=True),
     'scld-scorer': _scld('scld, default, scorer', 'default', by_label=True, keep=0.8)}
 
-# %% ../nbs/07_experiments.ipynb #fcfa32ad
-def fit_typer(
-    train:AnnData, # Training cells
-    labels:str, # Column of `obs`
-    seed:int=0, # Same seed, same classifier
-): # Function of counts, shape (n, n_genes), that returns two arrays: the label of each cell, shape (n,), and its components, shape (n, 50)
-    "Logistic regression on 50 components of scaled, logged counts"
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    x = lognorm(train.X)
-    svd = TruncatedSVD(min(50, *(s-1 for s in x.shape)), random_state=seed)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(z := svd.fit_transform(x), train.obs[labels])
-    return lambda X: (model.predict(z := svd.transform(lognorm(X))), z)
-
 # %% ../nbs/07_experiments.ipynb #b3557ed9
 _typer = lru_cache(1)(lambda data, preset: fit_typer(experiment_cells(data, preset)[0], LABELS))
 
@@ -310,7 +294,7 @@ def trained(
 # %% ../nbs/07_experiments.ipynb #f417128c
 def _baseline(name, published, own):
     "A baseline of `scld.baselines`, untrained, on a GPU when there is one"
-    from scld.baselines import baselines
+    from scld.latent import baselines
     if name not in baselines: raise ImportError(f"no baseline {name!r} here; there are {list(baselines)}")
     kind = baselines[name]
     device = dict(device='cuda') if 'device' in kind.defaults and torch.cuda.is_available() else {}

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from scipy import sparse
 from tqdm.auto import tqdm
-from .autoencoder import steady
+from .training import steady
 
 # %% ../nbs/04a_requests.ipynb #1c2752d4
 def closest(

@@ -17,9 +17,10 @@ import numpy as np, torch
 from anndata import AnnData
 from . import __version__
 from .baselines import fit_typer
+from .biology import label_distance
 from .data import cluster,filter_cells,find_data,pbmc68k_reduced,read_counts,read_labels
 from .datasets import brain_small,data_home,pbmc68k,sources
-from .metrics import sides,type_distance
+from .metrics import sides
 from .model import SCLD
 from .standard import judge,judge_asked,quick_cells,standard_cells
 
@@ -198,7 +199,7 @@ def judge_system(
     out,name = dict(cells_per_second=round(made.n_obs/(time.time()-t), 1)),_typer(data, preset)
     made.obs[LABELS] = name(made.X)[0]
     named = np.concatenate([name(test.X)[0], made.obs[LABELS]])
-    out['cells'] = dict(judge(test, made, LABELS, p.n_trees, seed), types_off=float(type_distance(named, sides(test.n_obs, made.n_obs))[0]), empty=float((made.X.sum(1).A1==0).mean()))
+    out['cells'] = dict(judge(test, made, LABELS, p.n_trees, seed), types_off=float(label_distance(named, sides(test.n_obs, made.n_obs))[0]), empty=float((made.X.sum(1).A1==0).mean()))
     if system.types and (system.model=='SCLD' or getattr(model, 'conditional', False)):
         out['types'] = judge_asked(partial(_ask, system, model, seed=seed), test, LABELS, p.type_trees, seed, [k for k,m in train.obs[LABELS].value_counts().items() if m>=5])
     return out

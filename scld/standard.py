@@ -8,6 +8,7 @@ __all__ = ['standard_cells', 'quick_cells', 'judge', 'judge_asked']
 # %% ../nbs/06h_standard.ipynb #bb9056ae
 import numpy as np
 from anndata import AnnData
+from .biology import label_distance
 from .data import filter_genes,lognorm,split
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
 
@@ -55,7 +56,7 @@ def judge(
     out['mmd2_e3'],out['mmd_share_of_null'] = 1e3*near,near/null if null>1e-3 else None
     s = sides(x.shape[0], y.shape[0])
     out['recall'] = float(neighbour_metrics(pool_pcs(x, y), s)['recall'][0])
-    out['types_off'] = float(type_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
+    out['types_off'] = float(label_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
     return out
 
 # %% ../nbs/06h_standard.ipynb #1b24b959

@@ -10,7 +10,7 @@ import numpy as np
 from anndata import AnnData
 from .biology import label_distance
 from .data import filter_genes,lognorm,split
-from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
+from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides
 
 # %% ../nbs/06h_standard.ipynb #e255e92d
 def standard_cells(

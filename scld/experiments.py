@@ -21,7 +21,9 @@ import numpy as np, pandas as pd, torch
 from anndata import AnnData
 from scipy import sparse
 from . import __version__
-from .data import cluster,filter_cells,filter_genes,find_data,lognorm,pbmc68k_reduced,read_counts,read_labels,split
+from .data import filter_cells,filter_genes,find_data,lognorm,pbmc68k_reduced
+from .files import read_counts
+from .labels import cluster,read_labels,split
 from .datasets import brain_small,data_home,pbmc68k,sources
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
 from .model import SCLD

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .autoencoder import lognorm_tensor,seeded
-from .data import lognorm,split
+from .data import lognorm
+from .labels import split
 from .dist import fit
 
 # %% ../nbs/05_post_guidance.ipynb #ec43cdac

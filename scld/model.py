@@ -23,18 +23,20 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded,steady
-from .data import lognorm,row_blocks
+from .autoencoder import Autoencoder,Standardize,features,likelihoods
+from .data import lognorm
 from .files import read_counts
 from .labels import cluster,library_model,read_labels,split
 from .dist import fit,processes,wait
+from .data import row_blocks
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import (Labeller,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real,shrunk,too_few)
 from .pre_guidance import Denoiser,cluster_means
 from .storage import SparseRows,alone,check_ours,is_taken,read_files,sha256,whole_folder,whole_h5,write_frame
 from .stream import CountStream
-from .unet import UNet,_choose,backbones,fusions
+from .training import Checkpoint,seeded,steady
+from .unet import UNet,choose,backbones,fusions
 
 # %% ../nbs/05a_model.ipynb #baef221e
 defaults = dict(
@@ -85,7 +87,7 @@ def _settings(config, given):
         if k not in defaults: raise TypeError(f"no setting {k!r}{_meant(k)}; the settings are {list(defaults)}")
     s = {**defaults, **configs[config], **(dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}), **given}
     for k,(low,high) in ranges.items(): _in_range(k, s[k], low, high)
-    for k,known in dict(likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions).items(): _choose(k, s[k], known)
+    for k,known in dict(likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions).items(): choose(k, s[k], known)
     if s['n_emb']%2: raise ValueError(f"n_emb={s['n_emb']} must be even: half of it are sines, half cosines")
     NoiseSchedule(linear_betas(s['T']), s['predict'])
     return {k: type(v)(map(int, v)) if isinstance(v, (list,tuple)) else v.item() if isinstance(v, np.generic) else v for k,v in s.items()}

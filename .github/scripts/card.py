@@ -21,9 +21,10 @@ os.environ.setdefault('CUDA_DEVICE_MAX_CONNECTIONS', '32')
 import numpy as np, torch, torch.nn.functional as F
 from scipy import sparse
 from torch import nn
+from scld.adversarial import Critic, Generator, gradient_penalty
 from scld.autoencoder import latent_kl
-from scld.baselines import Critic, Generator, IntroVAE, LatentAE, SkipMLP, baselines, gradient_penalty, margin_loss
 from scld.diffusion import NoiseSchedule, linear_betas
+from scld.latent import IntroVAE, LatentAE, SkipMLP, baselines, margin_loss
 from scld.metrics import mmd2_sides, pool_pcs, rf_auc, sides
 from scld.post_guidance import Scorer, candidates, keep_best
 from scld.pre_guidance import Denoiser, cluster_means, global_slot
@@ -31,14 +32,15 @@ from scld.unet import Conv, UNet
 
 SETS = 'zheng17_sorted','neurons10k'
 TOTAL,T,N = 20_000,1000,1500 # Sum of a scaled cell, steps of the chain, cells to make and judge
-MODULES = 'autoencoder','baselines','diffusion','metrics','post_guidance','pre_guidance','unet'
+MODULES = ('adversarial','autoencoder','baselines','diffusion','latent','metrics','post_guidance','pre_guidance',
+    'unet')
 PACK,PACKS = 10_000_000,6 # Bytes of a file of arrays, and how many such files at most
 
 # ---------------------------------------------------------------- cells
 
 def prepare(a):
     "Write what the run needs into a folder: cells, package, script"
-    from scld.experiments import LABELS, experiment_cells, provenance
+    from scld.runs import LABELS, experiment_cells, provenance
     import scld
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .autoencoder import lognorm_tensor
-from .data import lognorm,split
+from .data import lognorm
+from .labels import split
 from .dist import fit
 from .training import seeded
 

@@ -11,8 +11,8 @@ from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
-from .autoencoder import batches,seeded
 from .baselines import Baseline,mlp
+from .training import batches,seeded
 
 # %% ../nbs/06f_adversarial.ipynb #32110a30
 def gradient_penalty(

@@ -202,7 +202,7 @@ def _pair(part):
 
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
-    real:str, # Real cells that the generator has not seen
+    held:str, # Real cells that the generator has not seen
     synth:str, # Generated cells
     out:str='report', # Folder for the results; must be new or empty
     train:str=None, # Real cells that the generator has learnt from, for floor and audit
@@ -217,8 +217,8 @@ def evaluate(
     from scld.report import evaluate as compare
     from scld.storage import whole_folder
     with whole_folder(out) as tmp:
-        report = compare(real, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
-        files = {k: f and Path(f).name for k,f in dict(real=real, synth=synth, train=train).items()}
+        report = compare(held, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
+        files = {k: f and Path(f).name for k,f in dict(held=held, synth=synth, train=train).items()}
         _numbers_of(tmp, report, **files, settings=report.settings, privacy=report.privacy, warnings=report.warnings)
         report.to_html(tmp/'report.html')
     for w in report.warnings: warnings.warn(w)
@@ -227,16 +227,16 @@ def evaluate(
 
 # %% ../nbs/08_cli.ipynb #dd5479f3
 def audit(
-    train:str, # Real cells that the generator has learnt from
-    held:str, # Real cells that it has not seen
+    held:str, # Real cells that the generator has not seen
     synth:str, # Generated cells
+    train:str, # Real cells that the generator has learnt from
     layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 )->int: # Exit status: 3 if cells are given away
     "Ask whether generated cells give training cells away; exit status 3 if they do"
     from scld.privacy import audit as ask
-    found = ask(train, held, synth, seed=seed, layer=layer, round_counts=round_counts)
+    found = ask(held, synth, train, seed=seed, layer=layer, round_counts=round_counts)
     for k,v in found.items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
     print(f"training cells among the generated, verbatim: {found['exact copies']['cells']}")
     return 3 if any(v['caught'] for v in found.values()) else 0

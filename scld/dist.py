@@ -8,8 +8,8 @@ __all__ = ['processes', 'total', 'wait', 'shared', 'fit']
 # %% ../nbs/01a_dist.ipynb #35fd4cd6
 import os,torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from . import autoencoder as one
-from .autoencoder import Checkpoint,History,seeded
+from . import training as one
+from .training import Checkpoint,History,seeded
 
 # %% ../nbs/01a_dist.ipynb #71d21abe
 def processes()->tuple: # Number of this process, from 0, and how many there are
@@ -73,9 +73,9 @@ def fit(
     steps:int, # Number of optimiser steps
     progress:bool=True, # Show a bar on stderr?
     checkpoint:Checkpoint|None=None, # Where to keep the run
-    **kwargs, # Passed on to `scld.autoencoder.fit`
+    **kwargs, # Passed on to `scld.training.fit`
 )->History: # Loss of every step, over all processes
-    "`scld.autoencoder.fit`, shared by all processes"
+    "`scld.training.fit`, shared by all processes"
     rank,k = processes()
     if k==1: return one.fit(model, loss, n, steps, progress=progress, checkpoint=checkpoint, **kwargs)
     hook = register_optimizer_step_pre_hook(_add_gradients)

@@ -23,7 +23,8 @@ from . import __version__
 from .baselines import fit_typer
 from .data import cluster,filter_cells,filter_genes,find_data,lognorm,pbmc68k_reduced,read_counts,read_labels,split
 from .datasets import brain_small,data_home,pbmc68k,sources
-from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides,type_distance
+from .biology import label_distance
+from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides
 from .model import SCLD
 
 # %% ../nbs/07_experiments.ipynb #e255e92d
@@ -70,7 +71,7 @@ def judge(
     out['mmd2_e3'],out['mmd_share_of_null'] = 1e3*near,near/null if null>1e-3 else None
     s = sides(x.shape[0], y.shape[0])
     out['recall'] = float(neighbour_metrics(pool_pcs(x, y), s)['recall'][0])
-    out['types_off'] = float(type_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
+    out['types_off'] = float(label_distance(np.concatenate([test.obs[labels].astype(str), made.obs[labels].astype(str)]), s)[0])
     return out
 
 # %% ../nbs/07_experiments.ipynb #1b24b959
@@ -320,7 +321,7 @@ def judge_system(
     out,name = dict(cells_per_second=round(made.n_obs/(time.time()-t), 1)),_typer(data, preset)
     made.obs[LABELS] = name(made.X)[0]
     named = np.concatenate([name(test.X)[0], made.obs[LABELS]])
-    out['cells'] = dict(judge(test, made, LABELS, p.n_trees, seed), types_off=float(type_distance(named, sides(test.n_obs, made.n_obs))[0]), empty=float((made.X.sum(1).A1==0).mean()))
+    out['cells'] = dict(judge(test, made, LABELS, p.n_trees, seed), types_off=float(label_distance(named, sides(test.n_obs, made.n_obs))[0]), empty=float((made.X.sum(1).A1==0).mean()))
     if system.types and (system.model=='SCLD' or getattr(model, 'conditional', False)):
         out['types'] = judge_asked(partial(_ask, system, model, seed=seed), test, LABELS, p.type_trees, seed, [k for k,m in train.obs[LABELS].value_counts().items() if m>=5])
     return out

@@ -12,9 +12,10 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 from .adversarial import CscGAN,ScGAN
-from .autoencoder import batches,fit as fit_network,latent_kl,seeded
+from .autoencoder import latent_kl
 from .baselines import Baseline,Positive,Random,SUGAR,Splatter,mlp
 from .data import lognorm
+from .training import batches,fit as fit_network,seeded
 from .unet import timestep_embedding
 
 # %% ../nbs/06g_latent.ipynb #cfb1b4fb

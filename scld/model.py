@@ -23,7 +23,7 @@ from scipy import sparse
 from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
-from .autoencoder import Autoencoder,Checkpoint,Standardize,features,likelihoods,seeded,steady
+from .autoencoder import Autoencoder,Standardize,features,likelihoods
 from .data import cluster,library_model,lognorm,read_counts,read_labels,split
 from .dist import fit,processes,wait
 from .files import _blocks
@@ -33,6 +33,7 @@ from .post_guidance import (Labeller,Scorer,candidates,fit_labeller,fit_scorer,k
 from .pre_guidance import Denoiser,cluster_means
 from .storage import SparseRows,alone,check_ours,is_taken,read_files,sha256,whole_folder,whole_h5,write_frame
 from .stream import CountStream
+from .training import Checkpoint,seeded,steady
 from .unet import UNet,choose,backbones,fusions
 
 # %% ../nbs/05a_model.ipynb #baef221e

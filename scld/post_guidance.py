@@ -13,9 +13,10 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
-from .autoencoder import lognorm_tensor,seeded
+from .autoencoder import lognorm_tensor
 from .data import lognorm,split
 from .dist import fit
+from .training import seeded
 
 # %% ../nbs/05_post_guidance.ipynb #ec43cdac
 class Scorer(nn.Sequential):

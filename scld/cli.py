@@ -26,7 +26,8 @@ def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
 # %% ../nbs/08_cli.ipynb #d844c26b
 def _demo_cells(seed, t0):
     "The cells of the demo, to learn from and to judge by"
-    from scld.data import pbmc68k_reduced,split
+    from scld.data import pbmc68k_reduced
+    from scld.labels import split
     cells = pbmc68k_reduced()
     train,test = (cells[i].copy() for i in split(cells.n_obs, (0.8,0.2), seed))
     types = cells.obs['cell_type'].nunique()
@@ -84,7 +85,8 @@ def split(
     "Set cells aside to judge by, which the model will not see"
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
     out = _free(out, folder=True)
-    from scld.data import read_counts,read_labels,split as deal
+    from scld.files import read_counts
+    from scld.labels import read_labels,split as deal
     from scld.storage import whole_folder,write_h5ad
     cells = _kept(read_counts(data, layer, round_counts, drop_empty), min_cells, drop_empty)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
@@ -150,7 +152,7 @@ def fit(
     out = _free(out)
     run = _run_folder(out)
     if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
-    from scld.data import read_counts
+    from scld.files import read_counts
     from scld.dist import processes
     from scld.model import SCLD
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
@@ -202,7 +204,7 @@ def _pair(part):
 
 # %% ../nbs/08_cli.ipynb #0b2d60db
 def evaluate(
-    real:str, # Real cells that the generator has not seen
+    held:str, # Real cells that the generator has not seen
     synth:str, # Generated cells
     out:str='report', # Folder for the results; must be new or empty
     train:str=None, # Real cells that the generator has learnt from, for floor and audit
@@ -217,8 +219,8 @@ def evaluate(
     from scld.report import evaluate as compare
     from scld.storage import whole_folder
     with whole_folder(out) as tmp:
-        report = compare(real, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
-        files = {k: f and Path(f).name for k,f in dict(real=real, synth=synth, train=train).items()}
+        report = compare(held, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
+        files = {k: f and Path(f).name for k,f in dict(held=held, synth=synth, train=train).items()}
         _numbers_of(tmp, report, **files, settings=report.settings, privacy=report.privacy, warnings=report.warnings)
         report.to_html(tmp/'report.html')
     for w in report.warnings: warnings.warn(w)
@@ -227,16 +229,16 @@ def evaluate(
 
 # %% ../nbs/08_cli.ipynb #dd5479f3
 def audit(
-    train:str, # Real cells that the generator has learnt from
-    held:str, # Real cells that it has not seen
+    held:str, # Real cells that the generator has not seen
     synth:str, # Generated cells
+    train:str, # Real cells that the generator has learnt from
     layer:str=None, # Layer that holds the counts; generated cells may have theirs in `X`
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 )->int: # Exit status: 3 if cells are given away
     "Ask whether generated cells give training cells away; exit status 3 if they do"
     from scld.privacy import audit as ask
-    found = ask(train, held, synth, seed=seed, layer=layer, round_counts=round_counts)
+    found = ask(held, synth, train, seed=seed, layer=layer, round_counts=round_counts)
     for k,v in found.items(): print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{', GIVES CELLS AWAY' if v['caught'] else ''}")
     print(f"training cells among the generated, verbatim: {found['exact copies']['cells']}")
     return 3 if any(v['caught'] for v in found.values()) else 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['exact_copies', 'verbatim', 'audit_space', 'nearest', 'nearer_to_train', 'near_copies', 'membership_auc',
-           'small_types', 'nearer_by_type', 'audit']
+           'small_labels', 'nearer_by_type', 'align_genes', 'read_sets', 'overlap', 'questions', 'exchanged', 'audit']
 
 # %% ../nbs/06a_privacy.ipynb #9a7058b2
 import contextlib,warnings
@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
-from .data import lognorm,read_counts,read_labels
-from .files import _close,_open
+from .data import lognorm
+from .files import close_cells,open_cells,read_counts
+from .labels import read_labels
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
 # %% ../nbs/06a_privacy.ipynb #8aec566c
@@ -28,40 +29,43 @@ def _keys(X):
 # %% ../nbs/06a_privacy.ipynb #e3720768
 def exact_copies(
     real, # Real cells, counts, CSR or dense, shape (n, n_genes)
-    made, # Generated cells, counts, shape (m, n_genes)
-)->np.ndarray: # Row of the real cell that each generated one equals, or -1, shape (m,)
+    synth, # Synth cells, counts, shape (m, n_genes)
+)->np.ndarray: # Row of the real cell that each synth one equals, or -1, shape (m,)
     "Generated cells that are real ones, count by count"
     known = {r: i for i,r in enumerate(_keys(real))}
-    return np.array([known.get(r, -1) for r in _keys(made)])
+    return np.array([known.get(r, -1) for r in _keys(synth)])
 
 # %% ../nbs/06a_privacy.ipynb #c2f91e86
 def verbatim(
-    train, # Training cells, counts, CSR or dense, shape (n, n_genes)
-    held, # Held-out real cells, counts, shape (h, n_genes)
-    made, # Generated cells, counts, shape (m, n_genes)
+    held, # Real cells never seen, counts, CSR or dense, shape (h, n_genes)
+    synth, # Synth cells, counts, shape (m, n_genes)
+    train, # Training cells, counts, shape (n, n_genes)
     n_perm:int=0, # Times to decide anew which cells were generated
     seed:int=0, # Same seed, same deals
 )->np.ndarray: # Share of generated cells that equal a training cell, then by chance, shape (1+n_perm,)
     "Generated cells that equal a training cell, beside real cells that equal another one"
     seen = Counter(_keys(train))
-    k,*real = (sum(seen[r]>own for r in _keys(X)) for X,own in ((made,0),(held,0),(train,1)))
-    n,m,hits = train.shape[0]+held.shape[0],made.shape[0],k+sum(real)
+    k,*real = (sum(seen[r]>own for r in _keys(X)) for X,own in ((synth,0),(held,0),(train,1)))
+    n,m,hits = train.shape[0]+held.shape[0],synth.shape[0],k+sum(real)
     return np.r_[k,np.random.default_rng(seed).hypergeometric(hits, n+m-hits, m, n_perm)]/m
 
 # %% ../nbs/06a_privacy.ipynb #c6bc24af
 def audit_space(
-    train, # Training cells, scaled and logged, CSR or dense, shape (n, n_genes)
-    held, # Held-out real cells, shape (h, n_genes)
-    made, # Generated cells, shape (m, n_genes)
+    held, # Real cells never seen, scaled and logged, CSR or dense, shape (h, n_genes)
+    synth, # Synth cells, shape (m, n_genes)
+    train, # Training cells, shape (n, n_genes)
     n_pcs:int=50, # Principal components of the pool of all three
     n_cells:int=1500, # At most this many cells of each set
     seed:int=0, # Same seed, same cells
-)->tuple: # Coordinates of training and held-out cells, as many of both, and of the generated cells
+)->tuple: # Coordinates of held-out, synth and training cells, as many held out as trained on
     "Real cells, as many of both kinds, and generated ones in one space"
     n = min(train.shape[0], held.shape[0], n_cells)
-    if min(n, made.shape[0])<10: raise ValueError(f"{train.shape[0]} training, {held.shape[0]} held-out and {made.shape[0]} generated cells are too few for an audit; at least 10 of each are needed")
-    train,held,made = (a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:k])] for a,k in ((train,n), (held,n), (made,n_cells)))
-    return np.split(pool_pcs(train, held, made, n_pcs=n_pcs), [n,2*n])
+    if min(n, synth.shape[0])<10:
+        raise ValueError(f"{held.shape[0]} held-out, {synth.shape[0]} synth and {train.shape[0]} training cells "
+                         "are too few for an audit; at least 10 of each are needed")
+    def draw(a, k): return a[np.sort(np.random.default_rng(seed).permutation(a.shape[0])[:k])]
+    pool = pool_pcs(draw(train, n), draw(held, n), draw(synth, n_cells), n_pcs=n_pcs)
+    return pool[n:2*n],pool[2*n:],pool[:n]
 
 # %% ../nbs/06a_privacy.ipynb #fc79458b
 def nearest(
@@ -75,22 +79,22 @@ def nearest(
 
 # %% ../nbs/06a_privacy.ipynb #c547459a
 def nearer_to_train(
-    train:np.ndarray, # Training cells, shape (n, d)
     held:np.ndarray, # Held-out cells, shape (h, d)
-    made:np.ndarray, # Generated cells, shape (m, d)
+    synth:np.ndarray, # Synth cells, shape (m, d)
+    train:np.ndarray, # Training cells, shape (n, d)
     n_perm:int=0, # Times to decide anew which real cells were trained on
     seed:int=0, # Same seed, same deals
-)->np.ndarray: # Share of generated cells with a training cell as nearest, then by chance, shape (1+n_perm,)
+)->np.ndarray: # Share of synth cells with a training cell as nearest, then by chance, shape (1+n_perm,)
     "How many generated cells are nearer to training than to held-out cells, equation (P1)"
-    _,who = nearest(made, np.vstack([train,held]))
+    _,who = nearest(synth, np.vstack([train,held]))
     votes = np.bincount(who, minlength=len(train)+len(held))
-    return sides(len(train), len(held), n_perm, seed)@votes/len(made)
+    return sides(len(train), len(held), n_perm, seed)@votes/len(synth)
 
 # %% ../nbs/06a_privacy.ipynb #cf2aa5c8
 def near_copies(
-    train:np.ndarray, # Training cells, shape (n, d)
     held:np.ndarray, # Held-out cells, shape (h, d)
-    made:np.ndarray, # Generated cells, shape (m, d)
+    synth:np.ndarray, # Synth cells, shape (m, d)
+    train:np.ndarray, # Training cells, shape (n, d)
     share:float=0.01, # Share of held-out cells that are this close to a training cell
     n_perm:int=0, # Times to decide anew which real cells were trained on
     seed:int=0, # Same seed, same deals
@@ -99,25 +103,25 @@ def near_copies(
     from sklearn.neighbors import NearestNeighbors
     real = np.vstack([train,held])
     near = NearestNeighbors(n_neighbors=min(30, len(real)-1)).fit(real)
-    lists = near.kneighbors(made),near.kneighbors()
+    lists = near.kneighbors(synth),near.kneighbors()
     def first(d, i, s): return np.where(s[i].any(1), d[np.arange(len(d)),s[i].argmax(1)], np.inf)
     deals = sides(len(train), len(held), n_perm, seed)
     return np.array([np.mean(first(*lists[0], s)<np.quantile(first(*lists[1], s)[~s], share, method='lower')) for s in deals])
 
 # %% ../nbs/06a_privacy.ipynb #829f740d
 def membership_auc(
-    train:np.ndarray, # Training cells, shape (n, d)
     held:np.ndarray, # Held-out cells, shape (h, d)
-    made:np.ndarray, # Generated cells, shape (m, d)
+    synth:np.ndarray, # Synth cells, shape (m, d)
+    train:np.ndarray, # Training cells, shape (n, d)
     n_perm:int=0, # Times to decide anew which real cells were trained on
     seed:int=0, # Same seed, same deals
 )->np.ndarray: # Area under the attacker's ROC curve, then by chance, shape (1+n_perm,)
     "A membership attack by distance to the nearest generated cell, equation (P2)"
-    d,_ = nearest(np.vstack([train,held]), made)
+    d,_ = nearest(np.vstack([train,held]), synth)
     return auc(-d, sides(len(train), len(held), n_perm, seed))
 
 # %% ../nbs/06a_privacy.ipynb #7ce8fb3b
-def small_types(
+def small_labels(
     labels, # Kind of each training cell, shape (n,)
     n_min:int=30, # Kinds with fewer training cells are named
 )->dict: # Kind: number of training cells
@@ -127,18 +131,18 @@ def small_types(
 
 # %% ../nbs/06a_privacy.ipynb #7972b11f
 def nearer_by_type(
-    train:np.ndarray, # Training cells, shape (n, d)
     held:np.ndarray, # Held-out cells, shape (h, d)
-    made:np.ndarray, # Generated cells, shape (m, d)
+    synth:np.ndarray, # Synth cells, shape (m, d)
+    train:np.ndarray, # Training cells, shape (n, d)
     types, # Kind of each generated cell, shape (m,)
 )->dict: # Kind: share of its cells with a training cell as nearest
     "The share (P1) within each type of generated cells"
-    near = nearest(made, np.vstack([train,held]))[1]<len(train)
+    near = nearest(synth, np.vstack([train,held]))[1]<len(train)
     types = np.asarray(types, str)
     return {str(t): float(near[types==t].mean()) for t in np.unique(types)}
 
 # %% ../nbs/06a_privacy.ipynb #65aff79c
-def _align(a, genes, name):
+def align_genes(a, genes, name):
     "`a` with its genes in the order of `genes`"
     missing,extra = genes.difference(a.var_names, sort=False),a.var_names.difference(genes, sort=False)
     if len(missing) or len(extra):
@@ -160,8 +164,8 @@ def _all_open(sets):
         opened = dict(sets)
         for name,a in sets.items():
             if not isinstance(a, (str,Path)): continue
-            with _naming(name): opened[name] = _open(a)
-            stack.callback(_close, opened[name])
+            with _naming(name): opened[name] = open_cells(a)
+            stack.callback(close_cells, opened[name])
         yield opened
 
 def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None
@@ -173,14 +177,14 @@ def _read_one(a, labels, layer, round_counts):
     return out
 
 # %% ../nbs/06a_privacy.ipynb #86294df5
-def _read(sets, labels=None, layer=None, round_counts=False):
+def read_sets(sets, labels=None, layer=None, round_counts=False):
     "Every set, genes aligned to the first; and sentences on layers not found and cells left out"
     with _all_open(sets) as opened: read,said = _read_open(opened, labels, layer, round_counts)
     genes = next(iter(read.values())).var_names
-    return {name: _align(a, genes, name) for name,a in read.items()},said
+    return {name: align_genes(a, genes, name) for name,a in read.items()},said
 
 def _read_open(opened, labels, layer, round_counts):
-    "`_read` for sets that are open, without the genes"
+    "`read_sets` for sets that are open, without the genes"
     read,said,found = {},[],{name: _has(a, layer) for name,a in opened.items()}
     for name,a in opened.items():
         other = layer is not None and not found[name] and (name=='synth' or any(found.values()))
@@ -192,7 +196,7 @@ def _read_open(opened, labels, layer, round_counts):
     return read,said
 
 # %% ../nbs/06a_privacy.ipynb #c2beda2e
-def _shared(train, held):
+def overlap(held, train):
     "Sentences on held-out cells that are training cells; an error if all are"
     seen,rows = Counter(_keys(train)),_keys(held)
     k,twins = sum(r in seen for r in rows),sum(n for n in seen.values() if n>1)
@@ -201,29 +205,29 @@ def _shared(train, held):
     return [f"{k:,} of {len(rows):,} held-out cells equal a training cell, so they were not held out; leave them out of one of the two sets."]
 
 # %% ../nbs/06a_privacy.ipynb #378bf93e
-def _questions(train, held, made, normalise=lognorm, n_cells=1500, n_perm=499, level=0.05, seed=0):
+def questions(held, synth, train, normalise=lognorm, n_cells=1500, n_perm=499, level=0.05, seed=0):
     "Answers to the four questions, beside chance"
-    z = audit_space(*(normalise(v) for v in (train,held,made)), n_cells=n_cells, seed=seed)
-    tests = {'exact copies': verbatim(train, held, made, n_perm, seed),
+    z = audit_space(*(normalise(v) for v in (held,synth,train)), n_cells=n_cells, seed=seed)
+    tests = {'exact copies': verbatim(held, synth, train, n_perm, seed),
              'near copies': near_copies(*z, n_perm=n_perm, seed=seed),
              'nearer to train': nearer_to_train(*z, n_perm, seed),
              'membership attack': membership_auc(*z, n_perm, seed)}
     out = {k: beyond_chance(v, level/len(tests)) for k,v in tests.items()}
-    out['exact copies']['cells'] = int(((exact_copies(train, made)>=0)&(exact_copies(held, made)<0)).sum())
+    out['exact copies']['cells'] = int(((exact_copies(train, synth)>=0)&(exact_copies(held, synth)<0)).sum())
     def side(v): return (v['p']<=level/len(tests))*np.sign(v['value']-(v['low']+v['high'])/2)
     return {k: dict(v, caught=bool(side(v)>0), less=bool(side(v)<0)) for k,v in out.items()}
 
 # %% ../nbs/06a_privacy.ipynb #e36f6d43
-def _exchanged(found):
-    "A sentence, if the answers of `_questions` look as if training and held-out cells had been exchanged"
+def exchanged(found):
+    "A sentence, if the answers of `questions` look as if training and held-out cells had been exchanged"
     less = [] if found.get('exact copies', {}).get('caught') else [k for k,v in found.items() if v['less']]
     return [f"Generated cells are closer to the held-out cells than to the training cells, beyond chance ({', '.join(less)}); were the two sets exchanged?"] if less else []
 
 # %% ../nbs/06a_privacy.ipynb #b1208cce
 def audit(
-    train, # Training cells: an AnnData, the path of a file, or counts, CSR or dense, shape (n, n_genes)
-    held, # Held-out real cells, in the same form, shape (h, n_genes)
-    made, # Generated cells, in the same form, shape (m, n_genes)
+    held, # Real cells never seen: an AnnData, the path of a file, or counts, CSR or dense, shape (h, n_genes)
+    synth, # Synth cells, in the same form, shape (m, n_genes)
+    train, # Training cells, in the same form, shape (n, n_genes)
     normalise=lognorm, # Counts to scaled, logged values, such as `lognorm`
     n_cells:int=1500, # At most this many cells of each set in questions of distance
     n_perm:int=499, # Times to decide anew which real cells were trained on
@@ -236,9 +240,9 @@ def audit(
     if 1/(1+n_perm)>level/4: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by 4 questions; n_perm must be at least {int(np.ceil(4/level))-1}")
     said = []
     if isinstance(train, (AnnData,str,Path)):
-        sets,said = _read(dict(train=train, held=held, synth=made), None, layer, round_counts)
-        train,held,made = (a.X for a in sets.values())
-    said += _shared(train, held)
-    found = _questions(train, held, made, normalise, n_cells, n_perm, level, seed)
-    for s in said+_exchanged(found): warnings.warn(s, stacklevel=2)
+        sets,said = read_sets(dict(held=held, synth=synth, train=train), None, layer, round_counts)
+        held,synth,train = (a.X for a in sets.values())
+    said += overlap(held, train)
+    found = questions(held, synth, train, normalise, n_cells, n_perm, level, seed)
+    for s in said+exchanged(found): warnings.warn(s, stacklevel=2)
     return found

@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from scipy import sparse
 from . import __version__
 from .data import lognorm
-from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,coexpression,gene_metrics,library_distance,marker_agreement,
-                          mmd2_sides,neighbour_metrics,per_type,permute_genes,poisson_cells,pool_pcs,rf_auc,sides,type_distance,type_f1)
-from .privacy import _align,_exchanged,_questions,_read,_shared,audit_space,exact_copies,nearest,small_types
+from .biology import coexpression,gene_metrics,label_distance,label_f1,library_distance,marker_agreement,per_label
+from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,permute_genes,poisson_cells,
+                          pool_pcs,rf_auc,sides)
+from .privacy import align_genes,audit_space,exact_copies,exchanged,nearest,overlap,questions,read_sets,small_labels
 
 # %% ../nbs/06d_report.ipynb #30b83bb9
 def _compare(real, other, labels, n_trees, n_perm, seed):
@@ -30,7 +31,7 @@ def _compare(real, other, labels, n_trees, n_perm, seed):
     out['MMD² × 10³'] = 1e3*mmd2_sides(z, S)
     if labels:
         t = np.r_[real.obs[labels].to_numpy(str),other.obs[labels].to_numpy(str)]
-        out.update({'MMD² × 10³, with types': 1e3*mmd2_sides(z, S, t), 'type mix': type_distance(t, S)})
+        out.update({'MMD² × 10³, with types': 1e3*mmd2_sides(z, S, t), 'type mix': label_distance(t, S)})
     out.update(neighbour_metrics(z, S), **coexpression(logged, S), **gene_metrics(counts, S))
     out['library size'] = library_distance(counts.sum(1).A1, S)
     return out,scores
@@ -47,7 +48,7 @@ def _nulls(cells, labels, seed):
 class Report:
     "Metrics of generated cells beside floor, chance and nulls, and the cells behind them"
     def __init__(self,
-        metrics:dict, # For each metric `generated`, `control`, `n`, `p`, `low`, `high`, `differs`, `nulls`
+        metrics:dict, # For each metric `synth`, `control`, `n`, `p`, `low`, `high`, `differs`, `nulls`
         types:pd.DataFrame, # A row for each kind of cells; empty without labels
         privacy:dict, # What `audit` returned; empty without training cells
         warnings:list, # Sentences on what cannot be concluded, and why
@@ -61,7 +62,7 @@ class Report:
 @patch
 def table(self:Report)->pd.DataFrame: # A row for each metric, rounded
     "The metrics: generated, control, the range of chance, p, verdict, nulls"
-    rows = {k: dict(generated=m['generated'], control=m['control'], low=m['low'], high=m['high'], p=m['p'], verdict='differs' if m['differs'] else '', **m['nulls']) for k,m in self.metrics.items()}
+    rows = {k: dict(synth=m['synth'], control=m['control'], low=m['low'], high=m['high'], p=m['p'], verdict='differs' if m['differs'] else '', **m['nulls']) for k,m in self.metrics.items()}
     return pd.DataFrame(rows).T.infer_objects().round(3)
 
 # %% ../nbs/06d_report.ipynb #efb79dd8
@@ -86,7 +87,7 @@ def _like_labels(sets):
 # %% ../nbs/06d_report.ipynb #e608cdbc
 def _not_given(sets, labels):
     "Sentences on what training cells and labels would have added"
-    out,n,columns = [],sets['real'].n_obs,_like_labels(sets)
+    out,n,columns = [],sets['held'].n_obs,_like_labels(sets)
     if 'train' not in sets: out.append(f"No training cells given: half of the {n} real cells are compared and the other half is the floor. "
         "So tests have less power than with training cells, and copies of these cannot be found.")
     if not labels and columns: out.append("No labels given: types are not compared, although all sets have "
@@ -96,7 +97,7 @@ def _not_given(sets, labels):
 # %% ../nbs/06d_report.ipynb #febd6931
 def _doubts(sets, metrics, privacy, n):
     "Sentences on what these numbers of cells, and cells that are in two sets, keep from being shown"
-    out,real,synth,m = [],sets['real'],sets['synth'],metrics['RF AUC, 50 PCs']
+    out,real,synth,m = [],sets['held'],sets['synth'],metrics['RF AUC, 50 PCs']
     if n<500: out.append(f"Only {n} cells a side: a forest's AUC up to {m['high']:.2f} cannot be told from chance, "
         "so small faults pass. At least 500 cells a side are needed to conclude.")
     same = int((exact_copies(real.X, synth.X)>=0).sum())
@@ -104,18 +105,18 @@ def _doubts(sets, metrics, privacy, n):
         "were these really held out?")
     if privacy and (k := privacy['exact copies']['cells']): out.append(f"{k} of {synth.n_obs} generated cells are training "
         "cells verbatim, and equal to no held-out cell; leave them out before you share the rest.")
-    return out+_exchanged(privacy)
+    return out+exchanged(privacy)
 
 # %% ../nbs/06d_report.ipynb #3e63e9aa
 def _on_types(sets, types, labels):
     "Sentences on types that cannot be judged"
-    out,real,synth = [],sets['real'],sets['synth']
+    out,real,synth = [],sets['held'],sets['synth']
     kinds,made = (a.obs[labels].value_counts() for a in (real,synth))
-    few = types.reindex(kinds.index).loc[lambda d: d['AUC, generated'].isna(), ['real cells','generated cells']].fillna(0)
+    few = types.reindex(kinds.index).loc[lambda d: d['AUC, synth'].isna(), ['held cells','synth cells']].fillna(0)
     if len(few): out.append(f"Types with fewer than 30 cells on either side of the comparison are not judged one by one: {', '.join(f'{t} ({r:.0f} real, {g:.0f} generated)' for t,r,g in few.itertuples())}.")
     for what,t in (('No generated cell is of type',kinds.index.difference(made.index)), ('Generated types that no real cell has:',made.index.difference(kinds.index))):
         if len(t): out.append(f"{what} {', '.join(t)}.")
-    small = small_types(sets['train'].obs[labels]) if 'train' in sets else {}
+    small = small_labels(sets['train'].obs[labels]) if 'train' in sets else {}
     if small: out.append("Types of fewer than 30 training cells can hardly be learnt; made cells may repeat them, "
         f"or be of other types: {', '.join(small)}.")
     return out
@@ -126,27 +127,27 @@ def _by_type(real, synth, train, labels, n_trees, seed):
     x,y,c = (lognorm(a.X) for a in (real,synth,train))
     tx,ty,tc = (a.obs[labels].to_numpy(str) for a in (real,synth,train))
     forest = lambda u,v: float(rf_auc(u, v, 'pcs-5fold', n_trees, seed).mean())
-    out = {'real cells': pd.Series(tx).value_counts(), 'generated cells': pd.Series(ty).value_counts()}
-    for name,v,t in (('generated',y,ty), ('control',c,tc)):
-        out[f'AUC, {name}'] = per_type(forest, x, tx, v, t)
+    out = {'held cells': pd.Series(tx).value_counts(), 'synth cells': pd.Series(ty).value_counts()}
+    for name,v,t in (('synth',y,ty), ('control',c,tc)):
+        out[f'AUC, {name}'] = per_label(forest, x, tx, v, t)
         marks = marker_agreement(x, tx, v, t) if len(np.unique(tx))>1 else {}
         out[f'markers, {name}'] = {k: m['recovered'] for k,m in marks.items()}
-        out[f'F1, {name}'] = type_f1(v, t, x, tx, seed) if len(np.unique(t))>1 else {}
-    order = [*out][:2]+[f'{m}, {s}' for m in ('AUC','markers','F1') for s in ('generated','control')]
-    return pd.DataFrame(out)[order].reindex(sorted(set(tx))).fillna({'real cells': 0, 'generated cells': 0}).astype(float)
+        out[f'F1, {name}'] = label_f1(v, t, x, tx, seed) if len(np.unique(t))>1 else {}
+    order = [*out][:2]+[f'{m}, {s}' for m in ('AUC','markers','F1') for s in ('synth','control')]
+    return pd.DataFrame(out)[order].reindex(sorted(set(tx))).fillna({'held cells': 0, 'synth cells': 0}).astype(float)
 
 # %% ../nbs/06d_report.ipynb #4382a3cc
 def _cut(sets, n_cells, seed):
     "As many random cells of each set: real, synth, and train or the other half of real"
     draw = lambda a,n: a[np.sort(np.random.default_rng(seed).permutation(a.n_obs)[:n])].copy()
-    real = sets['real']
+    real = sets['held']
     if 'train' not in sets:
-        if real.n_obs<20: raise ValueError(f"real has {real.n_obs} cells; without training cells they are halved, "
+        if real.n_obs<20: raise ValueError(f"held has {real.n_obs} cells; without training cells they are halved, "
             "so at least 20 are needed, and some hundreds to conclude anything")
         i = np.random.default_rng(seed).permutation(real.n_obs)
-        sets = dict(real=real[i[::2]], synth=sets['synth'], train=real[i[1::2]])
+        sets = dict(held=real[i[::2]], synth=sets['synth'], train=real[i[1::2]])
     n = min(n_cells, *(a.n_obs for a in sets.values()))
-    return {k: draw(sets[k], n) for k in ('real','synth','train')}
+    return {k: draw(sets[k], n) for k in ('held','synth','train')}
 
 # %% ../nbs/06d_report.ipynb #4b8d20fc
 def _judge(name, values, level):
@@ -157,19 +158,19 @@ def _judge(name, values, level):
 # %% ../nbs/06d_report.ipynb #ad3a027b
 def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     "What chance says of every metric, of every question of the audit; the scores of the forests; the number of tests"
-    got,scores = _compare(cells['real'], cells['synth'], labels, n_trees, n_perm, seed)
+    got,scores = _compare(cells['held'], cells['synth'], labels, n_trees, n_perm, seed)
     K = len(got)+4*('train' in sets)
     if 1/(1+n_perm)>level/K: raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by {K} tests; n_perm must be at least {int(np.ceil(K/level))-1}")
     found = {k: _judge(k, v, level/K) for k,v in got.items()}
-    real = [sets[k].X for k in ('train','real','synth') if k in sets]
-    privacy = _questions(*real, lognorm, cells['real'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
+    real = [sets[k].X for k in ('held','synth','train') if k in sets]
+    privacy = questions(*real, lognorm, cells['held'].n_obs, n_perm, 4*level/K, seed) if 'train' in sets else {}
     return found,privacy,scores,K
 
 # %% ../nbs/06d_report.ipynb #fbbad766
 def evaluate(
-    real:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
+    held:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
     synth:AnnData|str|Path, # Generated cells; an AnnData or the path of a file
-    train:AnnData|str|Path|None=None, # Real cells that it has learnt from, for floor and audit; absent: halves of `real` are the floor
+    train:AnnData|str|Path|None=None, # Real cells that it has learnt from, for floor and audit; absent: halves of `held` are the floor
     labels:str|None=None, # Column of `obs` with the kinds of cells
     n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 30
     n_cells:int=1500, # At most this many cells of each set
@@ -180,17 +181,17 @@ def evaluate(
     round_counts:bool=False, # Round values to whole numbers first?
 )->Report: # Tables, figures, HTML
     "How well generated cells pass for real ones, beside floor, chance and nulls"
-    sets,said = _read(dict(real=real, synth=synth, **({} if train is None else dict(train=train))), labels, layer, round_counts)
-    said += _shared(sets['train'].X, sets['real'].X) if 'train' in sets else []
+    sets,said = read_sets(dict(held=held, synth=synth, **({} if train is None else dict(train=train))), labels, layer, round_counts)
+    said += overlap(sets['held'].X, sets['train'].X) if 'train' in sets else []
     cells = _cut(sets, n_cells, seed)
     found,privacy,scores,K = _tests(sets, cells, labels, n_trees, n_perm, seed)
-    floor,floor_scores = _compare(cells['real'], cells['train'], labels, n_trees, 0, seed)
-    ruined = {k: _compare(cells['real'], a, labels, min(n_trees, 30), 0, seed)[0] for k,a in _nulls(cells['train'], labels, seed).items()} if nulls else {}
-    n = cells['real'].n_obs
-    metrics = {k: dict(generated=b.pop('value'), control=float(floor[k][0]), n=n, **b, nulls={m: float(v[k][0]) for m,v in ruined.items()}) for k,b in found.items()}
+    floor,floor_scores = _compare(cells['held'], cells['train'], labels, n_trees, 0, seed)
+    ruined = {k: _compare(cells['held'], a, labels, min(n_trees, 30), 0, seed)[0] for k,a in _nulls(cells['train'], labels, seed).items()} if nulls else {}
+    n = cells['held'].n_obs
+    metrics = {k: dict(synth=b.pop('value'), control=float(floor[k][0]), n=n, **b, nulls={m: float(v[k][0]) for m,v in ruined.items()}) for k,b in found.items()}
     for k in scores: metrics[k]['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
     types = _by_type(*cells.values(), labels, min(n_trees, 30), seed) if labels else pd.DataFrame()
-    settings = dict(n_cells=n, n_tests=K, n_genes=cells['real'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
+    settings = dict(n_cells=n, n_tests=K, n_genes=cells['held'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed, version=__version__, labels=labels)
     said = _doubts(sets, metrics, privacy, n)+said+_not_given(sets, labels)+(_on_types(sets, types, labels) if labels else [])
     return Report(metrics, types, privacy, said, cells, settings)
 
@@ -204,7 +205,7 @@ def _text(names):
 def _kinds(report):
     "Kind of each cell, real and generated"
     labels = report.settings['labels']
-    return [report.cells[k].obs[labels].to_numpy(str) if labels else np.repeat('cells', report.cells[k].n_obs) for k in ('real','synth')]
+    return [report.cells[k].obs[labels].to_numpy(str) if labels else np.repeat('cells', report.cells[k].n_obs) for k in ('held','synth')]
 
 def _marks(report):
     "Colour and number of the mark of each kind"
@@ -219,7 +220,7 @@ def plot_embedding(
 ):
     "t-SNE of both sets together, drawn apart, coloured by label"
     from sklearn.manifold import TSNE
-    sets = [report.cells['real'],report.cells['synth']]
+    sets = [report.cells['held'],report.cells['synth']]
     z = pool_pcs(*(lognorm(a.X) for a in sets))
     z = TSNE(perplexity=min(30, len(z)/4), random_state=seed, init='pca').fit_transform(z)
     kind,marks = _kinds(report),_marks(report)
@@ -234,8 +235,8 @@ def plot_types(
     axs, # One axes, in a list
 ):
     "The forest's AUC within each type, generated beside control"
-    t = report.types.dropna(subset=['AUC, generated'])[::-1]
-    for name,color,shift in (('generated','C1',0.2), ('control','0.7',-0.2)): axs[0].barh(np.arange(len(t))+shift, t[f'AUC, {name}'], 0.38, color=color, label='real control' if name=='control' else name)
+    t = report.types.dropna(subset=['AUC, synth'])[::-1]
+    for name,color,shift in (('synth','C1',0.2), ('control','0.7',-0.2)): axs[0].barh(np.arange(len(t))+shift, t[f'AUC, {name}'], 0.38, color=color, label='real control' if name=='control' else name)
     axs[0].axvline(0.5, c='k', lw=0.8)
     axs[0].set(xlim=(0,1), yticks=range(len(t)), yticklabels=_text(t.index), xlabel='AUC, 50 components', title='Forest, type by type')
     axs[0].legend(loc='upper center', bbox_to_anchor=(0.5,-0.2), ncols=2, fontsize=8, frameon=False)
@@ -247,17 +248,17 @@ def plot_markers(
     n_markers:int=2, # Genes of each type
 ):
     "Marker genes by type: colour is the mean, size the share of cells with a count"
-    kinds = report.types.index[report.types['real cells']>=10]
+    kinds = report.types.index[report.types['held cells']>=10]
     def stats(a):
         x,t = lognorm(a.X),a.obs[report.settings['labels']].to_numpy()
         return [np.array([m[t==k].mean(0).A1 if (t==k).any() else np.zeros(a.n_vars) for k in kinds]) for m in (x,x>0)]
-    (real,seen),made = stats(report.cells['real']),stats(report.cells['synth'])
+    (real,seen),made = stats(report.cells['held']),stats(report.cells['synth'])
     best = [real[i]-np.delete(real, i, 0).max(0) if len(kinds)>1 else real[i] for i in range(len(kinds))]
     genes = list(dict.fromkeys(j for b in best for j in np.argsort(-b)[:n_markers]))[::-1]
     x,y = np.meshgrid(range(len(kinds)), range(len(genes)))
     for ax,(m,s),name in zip(axs, ((real,seen),made), ('real','generated')):
         ax.scatter(x, y, s=70*s[:,genes].T, c=m[:,genes].T, cmap='Reds', vmin=0, vmax=real[:,genes].max(), edgecolors='0.7', lw=0.3)
-        ax.set(title=f'markers, {name}', xticks=range(len(kinds)), yticks=range(len(genes)), yticklabels=_text(report.cells['real'].var_names[genes]))
+        ax.set(title=f'markers, {name}', xticks=range(len(kinds)), yticks=range(len(genes)), yticklabels=_text(report.cells['held'].var_names[genes]))
         ax.set_xticklabels(_text(kinds), rotation=90)
         ax.tick_params(labelsize=min(8, 130/len(genes)))
         ax.margins(0.08, 0.06)
@@ -268,7 +269,7 @@ def plot_library(
     axs, # One axes, in a list
 ):
     "Library sizes, real against generated"
-    (ax,),(a,b) = axs,(report.cells[k].X.sum(1).A1 for k in ('real','synth'))
+    (ax,),(a,b) = axs,(report.cells[k].X.sum(1).A1 for k in ('held','synth'))
     bins = np.geomspace(min(a.min(),b.min()), max(a.max(),b.max())+1, 30)
     ax.hist(a, bins, density=True, histtype='stepfilled', alpha=0.35, label='real')
     ax.hist(b, bins, density=True, histtype='step', lw=1.5, label='generated')
@@ -282,7 +283,7 @@ def plot_mean_variance(
     axs, # One axes, in a list
 ):
     "Variance of each gene's counts against its mean, real and generated"
-    for k,m,c,name in (('real','o','C0','real'),('synth','x','C1','generated')):
+    for k,m,c,name in (('held','o','C0','real'),('synth','x','C1','generated')):
         X = report.cells[k].X
         mean = X.mean(0).A1
         axs[0].scatter(mean[mean>0], (X.multiply(X).mean(0).A1-mean**2)[mean>0], s=6, marker=m, color=c, lw=0.7, label=name)
@@ -295,7 +296,7 @@ def plot_zeros(
     axs, # One axes, in a list
 ):
     "Share of cells without a count of each gene, generated against real"
-    a,b = (1-(report.cells[k].X>0).mean(0).A1 for k in ('real','synth'))
+    a,b = (1-(report.cells[k].X>0).mean(0).A1 for k in ('held','synth'))
     axs[0].plot([0,1], [0,1], c='grey', lw=1)
     axs[0].scatter(a, b, s=6)
     axs[0].set(xlabel='real', ylabel='generated', title='Share of zeros, gene by gene')
@@ -306,8 +307,8 @@ def plot_nearest(
     axs, # One axes, in a list
 ):
     "Distance to the nearest training cell, of generated and of held-out real cells"
-    train,real,synth = audit_space(*(lognorm(report.cells[k].X) for k in ('train','real','synth')))
-    both = [nearest(z, train)[0] for z in (real,synth)]
+    held,synth,train = audit_space(*(lognorm(report.cells[k].X) for k in ('held','synth','train')))
+    both = [nearest(z, train)[0] for z in (held,synth)]
     bins = np.linspace(0, np.quantile(np.concatenate(both), 0.99), 30)
     axs[0].hist(both[0], bins, histtype='stepfilled', alpha=0.35, label='held-out real')
     axs[0].hist(both[1], bins, histtype='step', lw=1.5, label='generated')
@@ -326,13 +327,13 @@ def sweep_guidance(
 )->pd.DataFrame: # A row for each label and ω, with `recognised` and `variety` as shares and `auc`
     "What ω does to cells asked for by name, equation (13)"
     from sklearn.linear_model import LogisticRegression
-    real = _read(dict(real=real), labels)[0]['real']
+    real = read_sets(dict(held=real), labels)[0]['held']
     x,kind = lognorm(real.X),real.obs[labels].to_numpy(str)
     if kinds is None: kinds = [k for k,m in zip(*np.unique(kind, return_counts=True)) if m>=20]
     judge,own = LogisticRegression(C=0.1, max_iter=300).fit(x, kind),{k: x[kind==k] for k in kinds}
     def variance(y): return float((y.multiply(y).mean(0)-np.square(y.mean(0))).sum())
     def turn(k, w):
-        y = lognorm(_align(_ask(model, k, own[k].shape[0], w, seed), real.var_names, 'the model').X)
+        y = lognorm(align_genes(_ask(model, k, own[k].shape[0], w, seed), real.var_names, 'the model').X)
         return dict(label=k, guidance=w, recognised=(judge.predict(y)==k).mean(), variety=variance(y)/variance(own[k]), auc=rf_auc(own[k], y, 'pcs-5fold', n_trees, seed).mean())
     return pd.DataFrame([turn(k, w) for k in kinds for w in guidances])
 
@@ -397,7 +398,7 @@ _guide = {
 def _shown(report):
     "The panels that there is something to show in"
     t = report.types
-    have = dict(types=len(t) and (t['real cells']>=10).any(), judged=len(t) and t['AUC, generated'].notna().any(), privacy=len(report.privacy))
+    have = dict(types=len(t) and (t['held cells']>=10).any(), judged=len(t) and t['AUC, synth'].notna().any(), privacy=len(report.privacy))
     return {k: p for k,p in _panels.items() if p[3] is None or have[p[3]]}
 
 # %% ../nbs/06d_report.ipynb #8928a4b4
@@ -438,7 +439,7 @@ def _metric_rows(metrics, flag, word):
     rows = {}
     for k,m in metrics.items():
         said = f'<b class="bad">{word}</b>' if m[flag] else '<b class="ok">as chance</b>'
-        row = {'generated': f"{m['generated' if 'generated' in m else 'value']:.3f}", **({'real control': f"{m['control']:.3f}"} if 'control' in m else {}),
+        row = {'synth': f"{m['synth' if 'synth' in m else 'value']:.3f}", **({'real control': f"{m['control']:.3f}"} if 'control' in m else {}),
                'range of chance': f"{m['low']:.3f} to {m['high']:.3f}", 'p': f"{m['p']:.3f}", 'verdict': said, **{f'null: {n}': f'<span class="n">{v:.3f}</span>' for n,v in m.get('nulls', {}).items()}}
         gap = 'Distance to the control {:+.3f}, 95 % interval {:+.3f} to {:+.3f}.'.format(*m['gap']) if 'gap' in m else ''
         rows[f'{escape(k)}<small>{_guide[k]} {gap}</small>'] = row
@@ -544,7 +545,7 @@ def ladder(
     out = {}
     for k,a in ruin(rest, train, labels, seed).items():
         if only is not None and k not in only: continue
-        sets = dict(real=real, synth=a, train=train)
+        sets = dict(held=real, synth=a, train=train)
         found,privacy,*_ = _tests(sets, _cut(sets, n_cells, seed), labels, n_trees, n_perm, seed)
         out[k] = [m for m,v in found.items() if v['differs']]+[m for m,v in privacy.items() if v['caught']]
     return out

@@ -213,9 +213,9 @@ class Autoencoder(nn.Module):
         n_hidden:int=256, # Width between the two layers
         dropout:float=0.1, # Share of hidden units dropped while training
         likelihood:str='nb', # `nb` or `poisson` (counts), or `mse` (the paper's)
-        noise:float|None=None, # Standard deviation of the noise on latents; learnt if absent, 0 for the paper's plain latent
+        noise:float|None=None, # Standard deviation of the noise on latents; learnt if absent, 0 for the paper's latent
         reads:str='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (the paper's)
-        prior:float=0.05, # Standard deviation expected of the last layer's weights, equation (A10); 0 for no expectation
+        prior:float=0.05, # Standard deviation expected of the last layer's weights, equation (A10); 0 for no prior
     ):
         super().__init__()
         for what,v,known in (('likelihood',likelihood,likelihoods), ('features',reads,features)):

@@ -13,7 +13,8 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import check_counts,lognorm,read_labels
+from .data import check_counts,lognorm
+from .labels import read_labels
 
 # %% ../nbs/06e_baselines.ipynb #5519ee2c
 class Baseline:
@@ -38,7 +39,7 @@ def fit(self:Baseline,
 )->Baseline: # Itself
     "Learn from `adata`; `ValueError` where `X` is not counts or kinds are missing"
     check_counts(adata)
-    if self.needs_labels and labels is None: raise ValueError(f"{type(self).__name__} learns from labelled cells; pass labels=, a column of obs ({list(adata.obs)}), such as one made with scld.data.cluster")
+    if self.needs_labels and labels is None: raise ValueError(f"{type(self).__name__} learns from labelled cells; pass labels=, a column of obs ({list(adata.obs)}), such as one made with scld.labels.cluster")
     X = sparse.csr_matrix(adata.X, dtype=np.float32, copy=True)
     self.var,self.labels,self.library = adata.var.copy(),labels,X.sum(1).A1
     if not self.library.all(): raise ValueError(f"{(self.library==0).sum():,} cells have no counts, the first {adata.obs_names[self.library==0][0]!r}; leave them out")

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'fit_scorer', 'keep_best', 'candidates', 'telling_genes', 'Labeller', 'fit_labeller', 'recognised_real',
-           'shrunk', 'too_few']
+           'shrunk', 'too_few', 'Recognition']
 
 # %% ../nbs/05_post_guidance.ipynb #e9b62c18
 import math,warnings
 from collections import Counter
-import numpy as np, torch, torch.nn.functional as F
+from contextlib import closing
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .autoencoder import lognorm_tensor
-from .data import lognorm,split
+from .data import lognorm
+from .labels import split
 from .dist import fit
 from .training import seeded
 
@@ -179,3 +181,68 @@ def too_few(
     "Are fewer cells recognised than a share of `q` allows?"
     from scipy.stats import binom
     return bool(n and binom.cdf(seen, n, q)<level)
+
+# %% ../nbs/05_post_guidance.ipynb #8a00144c
+class Recognition:
+    "How often synthetic cells are recognised as the labels they were asked for, held against real cells"
+    def __init__(self,
+        labeller, # What has `log_odds`, such as a `Labeller`
+        table:pd.DataFrame, # A row a label: number of training cells `n`, share of real cells recognised `real`
+    ):
+        self.labeller,self.table = labeller,table
+        self.n = np.zeros(len(table), int)      # cells looked at, by label
+        self.seen = np.zeros(len(table), int)   # cells recognised
+        share,n = (table[k].to_numpy() for k in ('real','n'))
+        self.real = np.minimum(share, shrunk(share, n))
+
+# %% ../nbs/05_post_guidance.ipynb #cf8654e2
+@patch
+def name(self:Recognition,
+    X:sparse.csr_matrix, # Counts, shape (n, n_genes)
+    cond:np.ndarray, # Number of the label asked for, K for none in particular, shape (n,)
+    heard:bool=True, # Does guidance hear the labels? If not, no cell is of the label asked for
+)->np.ndarray: # Number of each cell's label, shape (n,)
+    "Labels of cells, which are counted where they were asked for"
+    K,odds = len(self.table),self.labeller.log_odds(X)
+    asked = (cond<K)&heard
+    own,like = cond[asked],odds[asked].argmax(1)
+    self.n += np.bincount(own, minlength=K)
+    self.seen += np.bincount(own[like==own], minlength=K)
+    prior = np.log(self.table['n'].to_numpy())
+    return np.where(asked, cond, (odds+prior).argmax(1))
+
+# %% ../nbs/05_post_guidance.ipynb #f3751a5c
+@patch
+def unlike(self:Recognition,
+    share:float, # Share of what real cells are
+    level:float=1e-3, # Probability of a false alarm
+)->list: # A sentence for each such label
+    "What must be said of labels that are recognised less often than `share` of what real cells are"
+    bad = [k for k in np.flatnonzero(self.n) if too_few(self.seen[k], self.n[k], share*self.real[k], level)]
+    def said(k):
+        here = f"{self.table.index[k]!r}: {self.seen[k]/self.n[k]:.0%} of {self.n[k]:,} synthetic cells"
+        return f"{here}, {self.table['real'].iloc[k]:.0%} of real ones, learnt from {self.table['n'].iloc[k]:,.0f}"
+    return [said(k) for k in bad]
+
+# %% ../nbs/05_post_guidance.ipynb #b4221e1b
+@patch
+def watch(self:Recognition,
+    blocks, # Tuples of counts (CSR), …, conditions: rows of each
+    floor:float=0., # Least share of cells recognised, as a share of what real cells are; 0 for any
+    heard:bool=True, # Does guidance hear the labels?
+):
+    "The same blocks with labels in the place of conditions, as long as they are what was asked for"
+    with closing(blocks):
+        for X,*rest,cond in blocks:
+            label = self.name(X, cond, heard)
+            bad = self.unlike(floor, level=0.05) if floor else []
+            if bad:
+                what = "synthetic cells are not what was asked for; by expression a classifier recognises as"
+                todo = "train longer or on more cells of it, or take them as they are with floor=0"
+                raise RuntimeError(f"{what} {bad[0]}; {todo}")
+            yield X,*rest,label
+    bad = self.unlike(0.8)
+    few = f"synthetic cells of {len(bad)} of {np.count_nonzero(self.n)} labels are less like their label"
+    shown = '; as '.join(bad[:5]+['…'][:len(bad)>5])
+    said = f"{few} than real cells are; a classifier of expression recognises as {shown}"
+    if bad: warnings.warn(said, stacklevel=4)

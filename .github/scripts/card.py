@@ -40,7 +40,7 @@ PACK,PACKS = 10_000_000,6 # Bytes of a file of arrays, and how many such files a
 
 def prepare(a):
     "Write what the run needs into a folder: cells, package, script"
-    from scld.experiments import LABELS, experiment_cells, provenance
+    from scld.runs import LABELS, experiment_cells, provenance
     import scld
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -318,7 +318,7 @@ def _refuse_folder(path, replace, why):
     if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
         raise FileExistsError(f"{path} is {why}; choose another name or delete it")
 
-# %% ../nbs/00a_storage.ipynb #e5e71d52
+# %% ../nbs/00a_storage.ipynb #08be5ea9
 def _swap_in(tmp, path, old):
     "Give the folder `tmp` the name `path`; what was there is called `old` or `tmp` after"
     if path.is_dir() and not any(path.iterdir()): path.rmdir()

@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 __all__ = ['SCLD','evaluate','read_counts','split']
 
-_homes = dict(SCLD='model', evaluate='report', read_counts='data', split='data')
+_homes = dict(SCLD='model', evaluate='report', read_counts='files', split='labels')
 
 def __getattr__(name):
     from importlib import import_module

@@ -26,7 +26,8 @@ def _say(t0, what): print(f'[{time.time()-t0:5.0f} s] {what}', file=sys.stderr)
 # %% ../nbs/08_cli.ipynb #d844c26b
 def _demo_cells(seed, t0):
     "The cells of the demo, to learn from and to judge by"
-    from scld.data import pbmc68k_reduced,split
+    from scld.data import pbmc68k_reduced
+    from scld.labels import split
     cells = pbmc68k_reduced()
     train,test = (cells[i].copy() for i in split(cells.n_obs, (0.8,0.2), seed))
     types = cells.obs['cell_type'].nunique()
@@ -84,7 +85,8 @@ def split(
     "Set cells aside to judge by, which the model will not see"
     if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
     out = _free(out, folder=True)
-    from scld.data import read_counts,read_labels,split as deal
+    from scld.files import read_counts
+    from scld.labels import read_labels,split as deal
     from scld.storage import whole_folder,write_h5ad
     cells = _kept(read_counts(data, layer, round_counts, drop_empty), min_cells, drop_empty)
     kind,group = (read_labels(cells, c) if c else None for c in (labels,groups))
@@ -150,7 +152,7 @@ def fit(
     out = _free(out)
     run = _run_folder(out)
     if resume and not run.exists(): print(f'there is no run in {run}: starting anew', file=sys.stderr)
-    from scld.data import read_counts
+    from scld.files import read_counts
     from scld.dist import processes
     from scld.model import SCLD
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None

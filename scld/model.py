@@ -24,9 +24,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from . import __version__
 from .autoencoder import Autoencoder,Standardize,features,likelihoods
-from .data import cluster,library_model,lognorm,read_counts,read_labels,split
+from .data import lognorm
+from .files import read_counts
+from .labels import cluster,library_model,read_labels,split
 from .dist import fit,processes,wait
-from .files import _blocks
+from .data import row_blocks
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .post_guidance import (Labeller,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real,shrunk,too_few)
@@ -129,7 +131,7 @@ class SCLD:
         self._library,totals = (data.library,data.gene_totals) if on_disk else (data.X.sum(1).A1,data.X.sum(0).A1)
         self._name_labels(label, _colors(data, self.labels))
         self._totals = self._X[np.flatnonzero(self._named)].sum(0).A1 if self.unnamed else totals
-        parts = (lognorm(B) for _,B in _blocks(data.X))
+        parts = (lognorm(B) for _,B in row_blocks(data.X))
         with steady(), seeded(0):
             means = cluster_means(parts, label.codes, len(label.categories), min_label=1)
             self._build(self._kept_means(means, label))
@@ -288,7 +290,7 @@ def _some(self:SCLD, rows, seed, at_most=20_000):
 # %% ../nbs/05a_model.ipynb #8db89433
 @patch
 def _calibrate(self:SCLD, seed):
-    "Expected totals of genes as observed, equation (A5)"
+    "Expected totals of genes as observed, equation (A11)"
     with seeded(seed): self.net.ae.calibrate(lambda: self._some(np.flatnonzero(self._named), seed))
 
 # %% ../nbs/05a_model.ipynb #090b15cb

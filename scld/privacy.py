@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
-from .data import lognorm,read_counts,read_labels
-from .files import _close,_open
+from .data import lognorm
+from .files import close_cells,open_cells,read_counts
+from .labels import read_labels
 from .metrics import auc,beyond_chance,pool_pcs,sides
 
 # %% ../nbs/06a_privacy.ipynb #8aec566c
@@ -163,8 +164,8 @@ def _all_open(sets):
         opened = dict(sets)
         for name,a in sets.items():
             if not isinstance(a, (str,Path)): continue
-            with _naming(name): opened[name] = _open(a)
-            stack.callback(_close, opened[name])
+            with _naming(name): opened[name] = open_cells(a)
+            stack.callback(close_cells, opened[name])
         yield opened
 
 def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None

@@ -18,7 +18,9 @@ from anndata import AnnData
 from . import __version__
 from .baselines import fit_typer
 from .biology import label_distance
-from .data import cluster,filter_cells,find_data,pbmc68k_reduced,read_counts,read_labels
+from .data import filter_cells,find_data,pbmc68k_reduced
+from .files import read_counts
+from .labels import cluster,read_labels
 from .datasets import brain_small,data_home,pbmc68k,sources
 from .metrics import sides
 from .model import SCLD

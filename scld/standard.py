@@ -9,7 +9,8 @@ __all__ = ['standard_cells', 'quick_cells', 'judge', 'judge_asked']
 import numpy as np
 from anndata import AnnData
 from .biology import label_distance
-from .data import filter_genes,lognorm,split
+from .data import filter_genes,lognorm
+from .labels import split
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides
 
 # %% ../nbs/06h_standard.ipynb #e255e92d

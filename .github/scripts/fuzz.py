@@ -22,7 +22,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import h5py, numpy as np
 from anndata import AnnData
 from scipy import sparse
-from scld.data import read_counts,toy_cells
+from scld.data import toy_cells
+from scld.files import read_counts
 
 expected = ValueError,KeyError,TypeError,OSError
 codes = {0:'identical', 1:'refused', 2:'different', 3:'crashed', 4:'crashed: memory'}

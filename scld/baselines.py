@@ -13,7 +13,8 @@ import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
 from scipy import sparse
-from .data import check_counts,lognorm,read_labels
+from .data import check_counts,lognorm
+from .labels import read_labels
 
 # %% ../nbs/06e_baselines.ipynb #5519ee2c
 class Baseline:
@@ -41,7 +42,7 @@ def fit(self:Baseline,
     "Learn from `adata`; `ValueError` where `X` is not counts, a cell is empty or labels are missing"
     check_counts(adata)
     why = f"{type(self).__name__} learns from labelled cells; pass labels=, a column of obs ({list(adata.obs)})"
-    if self.needs_labels and labels is None: raise ValueError(f"{why}, such as one made with scld.data.cluster")
+    if self.needs_labels and labels is None: raise ValueError(f"{why}, such as one made with scld.labels.cluster")
     X = sparse.csr_matrix(adata.X, dtype=np.float32, copy=True)
     self.var,self.labels = adata.var.copy(),labels
     self.library = X.sum(1).A1

@@ -165,7 +165,7 @@ def _all_open(sets):
         for name,a in sets.items():
             if not isinstance(a, (str,Path)): continue
             with _naming(name): opened[name] = open_cells(a)
-            stack.callback(_close, opened[name])
+            stack.callback(close_cells, opened[name])
         yield opened
 
 def _has(a, layer): return layer in getattr(a, 'layers', ()) or layer=='raw' and getattr(a, 'raw', None) is not None

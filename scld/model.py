@@ -70,13 +70,11 @@ def _build(self:SCLD,
     "Make the networks, untrained"
     s,G = self.settings,len(self.genes)
     n = s['n_latent']
+    ae = Autoencoder(G, n, s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior'])
     unet = UNet(n+1, s['widths'], s['n_emb'], s['dropout'], s['backbone'], s['fusion'])
     self.net = nn.ModuleDict(dict(
-        ae=Autoencoder(G, n, s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior']),
-        scale=Standardize(n+1),
-        denoiser=Denoiser(unet, means),
-        labeller=Labeller(G, len(self.categories)),
-        scorer=Scorer(G)))
+        ae=ae, scale=Standardize(n+1), denoiser=Denoiser(unet, means),
+        labeller=Labeller(G, len(self.categories)), scorer=Scorer(G)))
     self.net.eval()
 
 # %% ../nbs/05a_model.ipynb #e986c8cb

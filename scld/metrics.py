@@ -164,7 +164,7 @@ def _classifier(protocol, n_trees, shape, seed):
 # %% ../nbs/06_metrics.ipynb #0cdc5fab
 def classifier_scores(
     x, # Real cells, CSR or dense, shape (n, n_genes)
-    y, # Generated cells, CSR or dense, shape (m, n_genes)
+    y, # Synthetic cells, CSR or dense, shape (m, n_genes)
     protocol:str='genes-5fold', # One of `protocols`
     n_trees:int=1000, # Trees of a forest
     seed:int=0, # Same seed, same scores
@@ -203,7 +203,7 @@ def auc(
 # %% ../nbs/06_metrics.ipynb #33fdb54a
 def rf_auc(
     x, # Real cells, CSR or dense, shape (n, n_genes)
-    y, # Generated cells, CSR or dense, shape (m, n_genes)
+    y, # Synthetic cells, CSR or dense, shape (m, n_genes)
     protocol:str='genes-5fold', # One of `protocols`
     n_trees:int=1000, # Trees of a forest
     seed:int=0, # Same seed, same result
@@ -263,7 +263,9 @@ def mmd_bandwidth(
     from sklearn.neighbors import NearestNeighbors
     k = min(k, len(z)-1)
     m = float(np.median(NearestNeighbors(n_neighbors=k).fit(z).kneighbors()[0].mean(1)))
-    if m==0: raise ValueError(f"half of the {len(z)} cells have {k} exact copies each; the distance between such sets has no scale")
+    if m==0:
+        raise ValueError(f"half of the {len(z)} cells have {k} exact copies each; "
+                         "the distance between such sets has no scale")
     return m
 
 # %% ../nbs/06_metrics.ipynb #5dbd9728
@@ -282,26 +284,30 @@ def mmd_kernel(
 def mmd2_sides(
     z:np.ndarray, # Cells of both sets, shape (n+m, d)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
-    types=None, # Kind of each cell, shape (n+m,): compare cells with their kinds
+    label=None, # Label of each cell, shape (n+m,): only cells of one label are alike
     biased:bool=False, # Keep each cell's likeness to itself
-    block:int=256, # Rows of the kernel made at a time
+    block:int=256, # Rows of the kernel computed at a time
 )->np.ndarray: # Squared discrepancy for each row of `sides`, shape (B,)
     "Squared maximum mean discrepancy, equations (14) and (E5)"
-    S,m,t = sides.T.astype(float),mmd_bandwidth(z),None if types is None else np.unique(types, return_inverse=True)[1]
-    near,total = np.empty_like(S),np.empty((len(z),1))
+    S,scale = sides.T.astype(float),mmd_bandwidth(z)
+    if label is not None: label = np.unique(label, return_inverse=True)[1]
+    real,total = np.empty_like(S),np.empty((len(z),1)) # Likeness of each cell to the real cells, and to all
     for i in range(0, len(z), block):
-        K = mmd_kernel(z[i:i+block], z, m)
+        K = mmd_kernel(z[i:i+block], z, scale)
         if not biased: K[np.arange(len(K)),np.arange(i, i+len(K))] = 0
-        if t is not None: K *= t[i:i+block,None]==t
-        near[i:i+block],total[i:i+block,0] = K@S,K.sum(1)
+        if label is not None: K *= label[i:i+block,None]==label
+        real[i:i+block] = K@S
+        total[i:i+block,0] = K.sum(1)
     n,m = S.sum(0),(1-S).sum(0)
-    xx,xy,yy = (S*near).sum(0),((1-S)*near).sum(0),((1-S)*(total-near)).sum(0)
-    return xx/(n*(n if biased else n-1)) + yy/(m*(m if biased else m-1)) - 2*xy/(n*m)
+    xx = (S*real).sum(0)/(n*(n if biased else n-1))
+    yy = ((1-S)*(total-real)).sum(0)/(m*(m if biased else m-1))
+    xy = ((1-S)*real).sum(0)/(n*m)
+    return xx+yy-2*xy
 
 # %% ../nbs/06_metrics.ipynb #cfa7a303
 def mmd2(
     x, # Real cells, CSR or dense, shape (n, n_genes)
-    y, # Generated cells, CSR or dense, shape (m, n_genes)
+    y, # Synthetic cells, CSR or dense, shape (m, n_genes)
     n_pcs:int=50, # Principal components of the pool of both
     seed:int=0, # Same seed, same cells when one set is larger
     biased:bool=False, # Keep each cell's likeness to itself
@@ -317,7 +323,7 @@ def energy_distance(
 )->float: # Unbiased, in the units of `x`; near 0 for two samples of one distribution
     "Energy distance over pairs of different cells, equation (E6)"
     from sklearn.metrics import pairwise_distances_chunked
-    total = lambda a,b: sum(d.sum() for d in pairwise_distances_chunked(a, b, working_memory=128))
+    def total(a, b): return sum(d.sum() for d in pairwise_distances_chunked(a, b, working_memory=128))
     n,m = len(x),len(y)
     return float(2*total(x, y)/(n*m) - total(x, x)/(n*(n-1)) - total(y, y)/(m*(m-1)))
 
@@ -343,13 +349,13 @@ def neighbour_metrics(
     "1-NN accuracy, mixing, precision, recall, density and coverage from lists of neighbours"
     from sklearn.neighbors import NearestNeighbors
     near = NearestNeighbors(n_neighbors=min(n_near, len(z)-1)).fit(z).kneighbors(return_distance=False)
-    out = np.empty((6,len(sides)))
-    for b,s in enumerate(sides):
-        own = s[near]==s[:,None]
-        inside = ~own & (own.cumsum(1)<k)
-        caught = np.zeros((2,len(z)), bool)
-        for i,side in enumerate((s,~s)): caught[i,near[side][inside[side]]] = True
+    def of(real):
+        own = real[near]==real[:,None]
+        inside = ~own & (own.cumsum(1)<k) # Neighbours of the other set, before the k-th of the own
+        def in_balls_of(side): return np.isin(np.arange(len(z)), near[side][inside[side]])
         share = own[:,:30].mean(1)
-        out[:,b] = (own[:,0].mean(), (1/(share**2+(1-share)**2)).mean()-1, caught[0,~s].mean(), caught[1,s].mean(),
-                    inside[s].sum()/(k*(~s).sum()), inside[s].any(1).mean())
-    return dict(zip(('1-NN accuracy','mixing','precision','recall','density','coverage'), out))
+        return {'1-NN accuracy': own[:,0].mean(), 'mixing': (1/(share**2+(1-share)**2)).mean()-1,
+                'precision': in_balls_of(real)[~real].mean(), 'recall': in_balls_of(~real)[real].mean(),
+                'density': inside[real].sum()/(k*(~real).sum()), 'coverage': inside[real].any(1).mean()}
+    rows = [of(s) for s in sides]
+    return {name: np.array([r[name] for r in rows]) for name in rows[0]}

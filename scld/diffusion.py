@@ -18,9 +18,11 @@ class NoiseSchedule:
         betas:torch.Tensor, # One-step variances, shape (T,), each inside (0,1)
         predict:str='eps', # What the network says: `eps`, the noise (the paper's), or `v`, equation (D6)
     ):
-        if betas.ndim!=1 or not ((betas>0)&(betas<1)).all(): raise ValueError("`betas` must be 1-d with every value inside (0,1)")
+        inside = (betas>0)&(betas<1)
+        if betas.ndim!=1 or not inside.all(): raise ValueError("`betas` must be 1-d with every value inside (0,1)")
         if predict not in ('eps','v'): raise ValueError(f"no prediction {predict!r}; choose from ['eps', 'v']")
-        self.betas,self.predict = betas.double(),predict
+        self.predict = predict
+        self.betas = betas.double()
         self.alphas = 1-self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1).double(), self.alphas_cumprod[:-1]])
@@ -38,10 +40,11 @@ def linear_betas(
 # %% ../nbs/03_diffusion.ipynb #acda3dcc
 def cosine_betas(
     T:int=1000, # Number of diffusion steps
-    s:float=0.008, # Keeps the first variances from vanishing
+    offset:float=0.008, # Keeps the first variances from vanishing
 )->torch.Tensor: # Variances, shape (T,), float64
     "Variances under which the signal fades like a squared cosine (Nichol & Dhariwal 2021), equation (D2)"
-    f = ((torch.arange(T+1, dtype=torch.float64)/T+s)/(1+s)*math.pi/2).cos()**2
+    angle = (torch.arange(T+1, dtype=torch.float64)/T+offset)/(1+offset)*math.pi/2
+    f = angle.cos()**2
     return (1-f[1:]/f[:-1]).clamp(max=0.999)
 
 # %% ../nbs/03_diffusion.ipynb #2b92cdca
@@ -69,9 +72,11 @@ def q_posterior(self:NoiseSchedule,
     t:torch.Tensor, # Step of each row, shape (n,)
 )->tuple: # Mean, shape of `z0`, and variance, broadcastable to it
     "Mean and variance of q(z_{t-1}|z_t,z_0), equation (D4)"
-    abar,prev,b,a = self.alphas_cumprod,self.alphas_cumprod_prev,self.betas,self.alphas
-    mean = _at(prev.sqrt()*b/(1-abar), t, z0)*z0 + _at(a.sqrt()*(1-prev)/(1-abar), t, zt)*zt
-    return mean, _at((1-prev)/(1-abar)*b, t, z0)
+    abar,prev = self.alphas_cumprod,self.alphas_cumprod_prev
+    of_z0 = prev.sqrt()*self.betas/(1-abar)
+    of_zt = self.alphas.sqrt()*(1-prev)/(1-abar)
+    var = (1-prev)/(1-abar)*self.betas
+    return _at(of_z0, t, z0)*z0 + _at(of_zt, t, zt)*zt, _at(var, t, z0)
 
 # %% ../nbs/03_diffusion.ipynb #7c34030e
 @patch
@@ -161,7 +166,8 @@ def noise_loss(self:NoiseSchedule,
     "Mean squared error of the predicted noise (or v), equations (7) and (11) by way of (D10)"
     if t is None: t = torch.randint(len(self), (len(z0),), device=z0.device)
     if noise is None: noise = torch.randn_like(z0)
-    return ((model(self.q_sample(z0, t, noise), t, cond)-self.target(z0, t, noise))**2).mean()
+    zt = self.q_sample(z0, t, noise)
+    return ((model(zt, t, cond)-self.target(z0, t, noise))**2).mean()
 
 # %% ../nbs/03_diffusion.ipynb #80c62be3
 def _abar(sched, t):
@@ -182,7 +188,8 @@ def ddpm_step(
     abar,prev = _abar(sched, t),_abar(sched, t_prev)
     alpha = abar/prev
     mean = (prev**0.5*(1-alpha)*pred_z0 + alpha**0.5*(1-prev)*zt)/(1-abar)
-    return mean if t_prev<0 else mean + ((1-prev)/(1-abar)*(1-alpha))**0.5*randn(zt)
+    if t_prev<0: return mean
+    return mean + ((1-prev)/(1-abar)*(1-alpha))**0.5*randn(zt)
 
 # %% ../nbs/03_diffusion.ipynb #8958c16f
 def ddim_step(
@@ -204,7 +211,7 @@ def ddim_step(
 
 # %% ../nbs/03_diffusion.ipynb #d76999ff
 def _lam(abar):
-    "Half the log of signal to noise"
+    "λ, half the log of signal to noise"
     return 0.5*math.log(abar/(1-abar))
 
 # %% ../nbs/03_diffusion.ipynb #b9ce01b5
@@ -219,10 +226,14 @@ def dpm_step(
 )->torch.Tensor: # Latents at step `t_prev`
     "One step of DPM-Solver++(2M) (Lu et al. 2022), equation (D12)"
     if t_prev<0: return pred_z0
-    abar,prev,D = _abar(sched, t),_abar(sched, t_prev),pred_z0
-    h = _lam(prev)-_lam(abar)
-    if before: D = D + h/(2*(_lam(abar)-_lam(_abar(sched, before[0]))))*(D-before[1])
-    return ((1-prev)/(1-abar))**0.5*zt - prev**0.5*math.expm1(-h)*D
+    abar,prev = _abar(sched, t),_abar(sched, t_prev)
+    step = _lam(prev)-_lam(abar)
+    half = pred_z0
+    if before:
+        t_before,z0_before = before
+        last_step = _lam(abar)-_lam(_abar(sched, t_before))
+        half = half + step/(2*last_step)*(half-z0_before)
+    return ((1-prev)/(1-abar))**0.5*zt - prev**0.5*math.expm1(-step)*half
 
 # %% ../nbs/03_diffusion.ipynb #c56f9a36
 def timesteps(
@@ -234,17 +245,28 @@ def timesteps(
     if not 1<=steps<=T: raise ValueError(f"steps={steps} must be between 1 and the schedule's {T}")
     return torch.linspace(T-1, 0, steps).round().int().tolist()
 
+# %% ../nbs/03_diffusion.ipynb #423ef68c
+def _strictly_increasing(
+    near:torch.Tensor, # Whole numbers from 0 to T-1, never falling, shape (n,), n at most T
+    T:int, # Numbers to choose from
+)->torch.Tensor: # Strictly increasing ones, from 0 to T-1, shape (n,)
+    "Numbers at or after those of `near`, no two the same"
+    n,place = len(near),torch.arange(len(near))
+    later = (near-place).cummax(0).values + place
+    return torch.minimum(later, T-n+place)
+
 # %% ../nbs/03_diffusion.ipynb #388d0ea5
 def snr_timesteps(
     sched:NoiseSchedule, # Noise schedule
     steps:int|None=None, # Steps to visit, 1 to T; all if absent
 )->list: # Visited steps, from T-1 down to 0
     "Steps evenly spaced in log signal to noise, from the noisiest to the first (Lu et al. 2022)"
-    T,n = len(sched),len(timesteps(len(sched), steps))
-    logsnr = (sched.alphas_cumprod/(1-sched.alphas_cumprod)).log()
-    want = torch.linspace(logsnr[-1].item(), logsnr[0].item(), n).flip(0)
-    near,k = (logsnr[:,None]-want).abs().argmin(0),torch.arange(n)
-    return torch.minimum((near-k).cummax(0).values+k, T-n+k).flip(0).tolist()
+    T = len(sched)
+    n = len(timesteps(T, steps))
+    logsnr = (sched.alphas_cumprod/(1-sched.alphas_cumprod)).log()              # (T,)
+    want = torch.linspace(logsnr[-1].item(), logsnr[0].item(), n).flip(0)       # (n,), from clean to dark
+    near = (logsnr[:,None]-want).abs().argmin(0)                                # (n,)
+    return _strictly_increasing(near, T).flip(0).tolist()
 
 # %% ../nbs/03_diffusion.ipynb #8a7729f2
 @torch.no_grad()
@@ -253,13 +275,15 @@ def sample(
     zT:torch.Tensor, # Standard normal noise to start from, shape (n, ...)
     sched:NoiseSchedule, # Noise schedule
     cond:torch.Tensor|None=None, # Condition of each row, passed on to the model
-    steps:int|list|None=None, # Network evaluations, evenly spaced, or the steps to visit themselves; all of the schedule if absent
+    steps:int|list|None=None, # Network evaluations, evenly spaced, or the steps to visit; the whole schedule if absent
     step=ddim_step, # Step function: `ddpm_step`, `ddim_step` or `dpm_step`
     generator:torch.Generator|None=None, # CPU source of the steps' noise
 )->torch.Tensor: # Clean latents, shape of `zT`
     "Run the reverse process from noise to clean latents, Algorithm 2"
     def randn(z): return torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-    zt,before,ts = zT,None,steps if isinstance(steps, list) else timesteps(len(sched), steps)
+    ts = steps if isinstance(steps, list) else timesteps(len(sched), steps)
+    zt = zT
+    before = None
     for t,t_prev in zip(ts, [*ts[1:],-1]):
         at = torch.full((len(zt),), t, device=zt.device)
         pred_z0 = sched.pred_z0(zt, at, model(zt, at, cond))

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData, read_h5ad
 from scipy import sparse
-from .data import arrays_in,category_colours,check_size,check_stored,check_way_round,checked_names,compressed,find_fault,lost_parts
-from .data import native,pick_matrix,pick_raw,refuse,row_blocks,unpacked_size,weigh
+from .data import arrays_in,category_colours,check_size,check_stored,check_way_round,checked_names,compressed
+from .data import find_fault,lost_parts,native,pick_matrix,pick_raw,refuse,row_blocks,unpacked_size,weigh
 
 # %% ../nbs/00b_files.ipynb #99c64f87
 def _check_inside(f):
@@ -105,14 +105,16 @@ def _frame(g, n_bytes):
 def _open_store(root, n_bytes):
     "An AnnData over an open h5ad or zarr store of `n_bytes`; its matrices stay on disk"
     from anndata.io import read_elem,sparse_dataset
-    def lazy(m): return sparse_dataset(m) if check_size(m) and hasattr(m, 'keys') else m
+    def lazy(m):
+        check_size(m)
+        return sparse_dataset(m) if hasattr(m, 'keys') else m
     for k in ('obs','var'):
         if k not in root: raise ValueError(f"it holds no AnnData: there is no {k}")
     obs,var = _frame(root['obs'], n_bytes),_frame(root['var'], n_bytes)
-    layers = {k: lazy(root['layers'][k]) for k in (root['layers'] if 'layers' in root else ())}
+    layers = {k: lazy(root[f'layers/{k}']) for k in (root['layers'] if 'layers' in root else ())}
     raw = dict(X=lazy(root['raw/X']), var=_frame(root['raw/var'], n_bytes)) if 'raw/X' in root else None
-    colours = [f'{c}_colors' for c in obs.select_dtypes('category')]
-    uns = {k: read_elem(root[f'uns/{k}']) for k in colours if f'uns/{k}' in root and unpacked_size(root[f'uns/{k}'])<2**20}
+    colours = [f'{c}_colors' for c in obs.select_dtypes('category') if f'uns/{c}_colors' in root]
+    uns = {k: read_elem(root[f'uns/{k}']) for k in colours if unpacked_size(root[f'uns/{k}'])<2**20}
     return AnnData(lazy(root['X']) if 'X' in root else None, obs=obs, var=var, layers=layers, raw=raw, uns=uns)
 
 # %% ../nbs/00b_files.ipynb #19329f95
@@ -131,8 +133,10 @@ def _read_h5ad(path):
         raise
 
 # %% ../nbs/00b_files.ipynb #7b712d40
-def close_cells(adata):
-    "Close the HDF5 files that matrices of `adata` are read from"
+def close_cells(
+    adata:AnnData, # Cells, from `open_cells`
+):
+    "Close the HDF5 files that matrices are read from"
     for m in (adata.X, *adata.layers.values(), adata.raw and adata.raw.X):
         o = getattr(m, 'group', m)
         if hasattr(type(o), 'file') and o: o.file.close()
@@ -181,8 +185,10 @@ def _mtx_header(path):
         lines = enumerate(iter(lambda: f.readline(2**16), b''), 1)
         kind = next(lines, (0,b''))[1].lower().split()
         at,line = next(((i,l) for i,l in lines if l.strip() and l[:1]!=b'%'), (0,b''))
-    if kind[:3]!=[b'%%matrixmarket',b'matrix',b'coordinate'] or kind[3:] not in ([b'integer',b'general'],[b'real',b'general']):
-        raise ValueError(f"its first line says {b' '.join(kind)[:80]!r}; expected a coordinate matrix, integer or real, general")
+    plain = [b'%%matrixmarket matrix coordinate '+v+b' general' for v in (b'integer',b'real')]
+    if b' '.join(kind) not in plain:
+        wanted = "expected a coordinate matrix, integer or real, general"
+        raise ValueError(f"its first line says {b' '.join(kind)[:80]!r}; {wanted}")
     n,n_bytes = [int(v) for v in line.split()],_length(path)
     if len(n)!=3 or min(n)<0: raise ValueError(f"its header {line[:60]!r} does not give rows, columns and values")
     rows,columns,values = n
@@ -253,7 +259,9 @@ def _genes_only(a):
     return a[:,(types=='Gene Expression').to_numpy()].copy() if beside.any() else a
 
 # %% ../nbs/00b_files.ipynb #e6ad641a
-def read_mtx(path):
+def read_mtx(
+    path:Path, # A 10x folder, or a Matrix Market file
+)->AnnData: # Cells by genes
     "The cells of a 10x folder, or of one Matrix Market file with what lies beside it"
     path = _matrix_file(path)
     cells,genes = _list_beside(path, 'barcodes'),_list_beside(path, 'features', 'genes')
@@ -372,33 +380,41 @@ def _table_part(df, head):
     return df[0].to_numpy(),sparse.csr_matrix(df.iloc[:,1:].to_numpy(np.float64)),genes
 
 # %% ../nbs/00b_files.ipynb #851f8023
-_readers = {'.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5,
+_readers = {
+    '.h5ad':_read_h5ad, '.zarr':_read_zarr, '.mtx':read_mtx, '.h5':_read_10x_h5, '.hdf5':_read_10x_h5,
     '.loom':_read_loom, '.csv':_read_table, '.tsv':_read_table}
 
-def _kind(path):
+def _format(path):
     "The key of `_readers` for `path`"
     if path.is_dir(): return '.zarr' if any((path/f).exists() for f in ('.zgroup','zarr.json')) else '.mtx'
-    kind = Path(path.name.lower().removesuffix('.gz')).suffix
+    form = Path(path.name.lower().removesuffix('.gz')).suffix
     known = ', '.join(_readers)
-    if kind not in _readers: raise ValueError(f"{path} is of no known kind; expected a 10x folder or one of {known}")
+    if form not in _readers: raise ValueError(f"{path} is of no known format; expected a 10x folder or one of {known}")
     if not path.is_file(): raise ValueError(f"{path} is neither a file nor a folder but a pipe, a device or the like")
-    return kind
+    return form
 
 # %% ../nbs/00b_files.ipynb #70dee430
-def open_cells(path):
-    "What lies at `path`, as an AnnData whose matrices may still be on disk"
-    if not (path := Path(path)).exists(): raise FileNotFoundError(f"no file or folder {path}")
-    kind = _kind(path)
-    try: return _readers[kind](path)
+def open_cells(
+    path:str|Path, # A file or folder of any known format
+)->AnnData: # Cells by genes; matrices may still be on disk
+    "What lies at `path`; `OSError` if it cannot be read"
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f"no file or folder {path}")
+    form = _format(path)
+    try: return _readers[form](path)
     except ImportError: raise
     except Exception as e:
         why = e.args[0] if isinstance(e, KeyError) and e.args else e
-        raise OSError(f"{path} cannot be read as {kind}: {why}") from e
+        raise OSError(f"{path} cannot be read as {form}: {why}") from e
 
 # %% ../nbs/00b_files.ipynb #c1d95f5c
 @contextlib.contextmanager
-def closing(adata, path, always=True):
-    "Close the files of `adata` after an error, which gets the path in front, or always"
+def closing(
+    adata:AnnData, # Cells, from `open_cells`
+    path:str|Path, # Where they lie, for messages
+    always:bool=True, # Close them after a block without an error too?
+):
+    "Close the files of cells after a block; an error in it gets the path in front"
     try: yield
     except Exception as e:
         always = True
@@ -406,18 +422,6 @@ def closing(adata, path, always=True):
         raise
     finally:
         if always: close_cells(adata)
-
-# %% ../nbs/00b_files.ipynb #0ed324e9
-def read_counts(
-    data:AnnData|str|Path, # Cells by genes: an AnnData, or the path of an h5ad, zarr, 10x folder or h5, loom or csv
-    layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
-    round_counts:bool=False, # Round values to whole numbers first?
-    drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
-)->AnnData: # Counts in `X` (CSR float32, in memory), copies of `obs` and `var`, colours of categories in `uns`
-    "Checked counts of `data`, which stays as it is; equation (2)"
-    if not isinstance(data, (str,Path)): return _counts(data, layer, round_counts, drop_empty)
-    adata = open_cells(data)
-    with closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)
 
 # %% ../nbs/00b_files.ipynb #ab0d4136
 def _refuse_scaled(adata, layer):
@@ -442,3 +446,15 @@ def _counts(adata, layer, round_counts, drop_empty):
     library,totals = (np.asarray(X.sum(i, dtype=np.float64)).ravel() for i in (1,0))
     keep = checked_names(adata, library, totals, X.data.max(initial=0), drop_empty)
     return AnnData(X[keep], obs=adata.obs[keep].copy(), var=adata.var.copy(), uns=category_colours(adata))
+
+# %% ../nbs/00b_files.ipynb #0ed324e9
+def read_counts(
+    data:AnnData|str|Path, # Cells by genes: an AnnData, or the path of an h5ad, zarr, 10x folder or h5, loom or csv
+    layer:str|None=None, # Layer that holds the counts, or `raw`; `X` if absent
+    round_counts:bool=False, # Round values to whole numbers first?
+    drop_empty:bool=False, # Leave out cells without counts instead of refusing them?
+)->AnnData: # Counts in `X` (CSR float32, in memory), copies of `obs` and `var`, colours of categories in `uns`
+    "Checked counts of `data`, which stays as it is; equation (2)"
+    if not isinstance(data, (str,Path)): return _counts(data, layer, round_counts, drop_empty)
+    adata = open_cells(data)
+    with closing(adata, data): return _counts(adata, layer, round_counts, drop_empty)

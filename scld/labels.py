@@ -5,37 +5,12 @@
 # %% auto #0
 __all__ = ['read_labels', 'cluster', 'library_model', 'split']
 
-# %% ../nbs/00f_labels.ipynb #ff042828
+# %% ../nbs/00f_labels.ipynb #fcaea48e
 import logging,warnings
 from difflib import get_close_matches
 import numpy as np, pandas as pd
 from anndata import AnnData
 from .data import lognorm,row_blocks,variable_genes
-
-# %% ../nbs/00f_labels.ipynb #a677cc6d
-def read_labels(
-    adata, # Cells by genes, with `obs`
-    key:str, # Column of `obs`
-    few:int=3, # Warn of labels with fewer cells; 0: never
-)->pd.Categorical: # Label of each cell, shape (n_cells,)
-    "The labels in `obs[key]`, checked"
-    if key not in adata.obs:
-        near = get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'
-        raise KeyError(f"no column {key!r} in obs; did you mean {near}? The columns are {list(adata.obs)}")
-    col = adata.obs[key]
-    _check_column(col, key)
-    cats = col.astype('category').cat.remove_unused_categories().cat
-    unused = set(col.astype('category').cat.categories)-set(cats.categories)
-    if unused:
-        first = min(map(str, unused))
-        logging.getLogger('scld').info(f"obs[{key!r}]: {len(unused)} categories without cells dropped, the first {first!r}")
-    names = pd.Index([c.decode() if isinstance(c, bytes) else str(c) for c in cats.categories])
-    if not names.is_unique:
-        twin = f"different values that read alike, the first {names[names.duplicated()][0]!r}"
-        raise ValueError(f"obs[{key!r}] has {twin}; make them all text or all numbers")
-    labels = pd.Categorical.from_codes(cats.codes, names)
-    _warn_small(labels, key, few)
-    return labels
 
 # %% ../nbs/00f_labels.ipynb #1c4ccd52
 def _check_column(col, key):
@@ -61,9 +36,34 @@ def _warn_small(labels, key, few):
     first = f"the first {small.index[0]!r} with {small.iloc[0]}" if len(small) else ''
     if first: warnings.warn(f"{len(small)} labels in obs[{key!r}] have fewer than {few} cells, {first}", stacklevel=3)
 
+# %% ../nbs/00f_labels.ipynb #a677cc6d
+def read_labels(
+    adata, # Cells by genes, with `obs`
+    key:str, # Column of `obs`
+    few:int=3, # Warn of labels with fewer cells; 0: never
+)->pd.Categorical: # Label of each cell, shape (n_cells,)
+    "The labels in `obs[key]`, checked"
+    if key not in adata.obs:
+        near = get_close_matches(str(key), map(str, adata.obs), 1, 0) or 'another'
+        raise KeyError(f"no column {key!r} in obs; did you mean {near}? The columns are {list(adata.obs)}")
+    _check_column(adata.obs[key], key)
+    every = adata.obs[key].astype('category').cat
+    cats = every.remove_unused_categories().cat
+    unused = sorted(map(str, set(every.categories)-set(cats.categories)))
+    if unused:
+        dropped = f"{len(unused)} categories without cells dropped, the first {unused[0]!r}"
+        logging.getLogger('scld').info(f"obs[{key!r}]: {dropped}")
+    names = pd.Index([c.decode() if isinstance(c, bytes) else str(c) for c in cats.categories])
+    if not names.is_unique:
+        twin = f"different values that read alike, the first {names[names.duplicated()][0]!r}"
+        raise ValueError(f"obs[{key!r}] has {twin}; make them all text or all numbers")
+    labels = pd.Categorical.from_codes(cats.codes, names)
+    _warn_small(labels, key, few)
+    return labels
+
 # %% ../nbs/00f_labels.ipynb #efc92cf8
 def _pcs(X, n_hvg, n_pcs, seed):
-    "A function from counts, shape (n, n_genes), to principal components of the most variable genes of `X`, shape (n, n_pcs)"
+    "From counts, shape (n, n_genes), to principal components of the most variable genes of `X`: the function"
     from sklearn.decomposition import PCA
     from threadpoolctl import threadpool_limits
     genes = variable_genes(X, n_hvg) if n_hvg<X.shape[1] else slice(None)
@@ -79,7 +79,7 @@ def _pcs(X, n_hvg, n_pcs, seed):
 
 # %% ../nbs/00f_labels.ipynb #7e3178ad
 def _louvain(pcs, n_neighbors, resolution, seed):
-    "Louvain communities of the graph of nearest neighbours, shape (n_cells,)"
+    "Louvain communities of the graph of nearest neighbours, shape (n_cells,); equation (L1)"
     from sklearn.neighbors import kneighbors_graph
     from sknetwork.clustering import Louvain
     A = kneighbors_graph(pcs, min(n_neighbors, len(pcs)-1))
@@ -102,8 +102,10 @@ def cluster(
     n,m = adata.X.shape
     if m<2: raise ValueError("cells cannot be clustered by one gene; name a column of labels, or keep more genes")
     part = np.arange(n) if n<=max_cells else np.sort(np.random.default_rng(seed).choice(n, max_cells, replace=False))
-    project = _pcs(X := adata.X[part], n_hvg, n_pcs, seed)
-    k = _louvain(pcs := project(X), n_neighbors, resolution, seed)
+    X = adata.X[part]
+    project = _pcs(X, n_hvg, n_pcs, seed)
+    pcs = project(X)
+    k = _louvain(pcs, n_neighbors, resolution, seed)
     if n>max_cells:
         knn = KNeighborsClassifier(n_neighbors).fit(pcs, k)
         k = np.concatenate([knn.predict(project(B)) for _,B in row_blocks(adata.X)])
@@ -114,46 +116,38 @@ def cluster(
 def library_model(
     library, # Library size of each cell, in counts, shape (n_cells,)
     labels, # Label of each cell, shape (n_cells,)
-)->pd.DataFrame: # A row a label: number of cells `n`, their `share`, `mean` and `sd` of the natural logarithm of the library size
-    "Shares of labels and their log-normal library sizes"
+)->pd.DataFrame: # One row per label: number of cells `n`, their `share`, `mean` and `sd` of the log library size
+    "Shares of labels and their log-normal library sizes; equation (L2)"
     log = pd.Series(np.log(np.asarray(library, dtype=float))).groupby(pd.Categorical(labels), observed=True)
     return pd.DataFrame(dict(n=log.size(), share=log.size()/len(labels), mean=log.mean(), sd=log.std().fillna(0)))
-
-# %% ../nbs/00f_labels.ipynb #a572526c
-def split(
-    labels, # Label of each cell, shape (n_cells,); or the number of cells, for a split at random
-    sizes=(0.8,0.2), # Size of each part, as fractions of all cells or as numbers of cells
-    seed:int=0, # Same seed, same split
-    groups=None, # Group of each cell, such as its donor, shape (n_cells,): no group is in two parts
-)->list: # Row numbers of each part, sorted
-    "Row numbers of disjoint parts with the same mix of labels, if labels are given"
-    instead = "expected labels or a number of cells, got an AnnData; pass adata.obs[…] or adata.n_obs"
-    if isinstance(labels, AnnData): raise TypeError(instead)
-    if isinstance(labels, (int,np.integer)): labels = np.zeros(labels)
-    rng,n = np.random.default_rng(seed),len(labels)
-    s = np.asarray(sizes, dtype=float)
-    s = np.diff(np.round(np.cumsum(s)*n), prepend=0).astype(int) if s.sum()<=1+1e-9 else s.astype(int)
-    fits = (s>0).all() and s.sum()<=n
-    if not fits: raise ValueError(f"cannot split {n} cells into parts of {list(sizes)}: each needs a cell, together at most {n}")
-    codes = _codes(labels, 'label')
-    return _split_cells(codes, s, rng) if groups is None else _split_groups(codes, s, rng, groups)
 
 # %% ../nbs/00f_labels.ipynb #f0000002
 def _codes(names, what):
     "A number for each name; cells without one are refused"
     codes = pd.factorize(np.asarray(names))[0]
     none = codes<0
-    first = f"the first is number {np.argmax(none)}"
-    if none.any(): raise ValueError(f"{none.sum()} of {len(codes)} cells have no {what}, {first}; name it or drop these cells")
+    lost = f"{none.sum()} of {len(codes)} cells have no {what}, the first is number {np.argmax(none)}"
+    if none.any(): raise ValueError(f"{lost}; name it or drop these cells")
     return codes
+
+# %% ../nbs/00f_labels.ipynb #535daa46
+def _part_sizes(sizes, n):
+    "Cells of each part, shape (n_parts,), of `n` cells in all"
+    s = np.asarray(sizes, dtype=float)
+    fractions = s.sum()<=1+1e-9
+    s = (np.diff(np.round(np.cumsum(s)*n), prepend=0) if fractions else s).astype(int)
+    fits = (s>0).all() and s.sum()<=n
+    why = f"cannot split {n} cells into parts of {list(sizes)}: each needs a cell, together at most {n}"
+    if not fits: raise ValueError(why)
+    return s
 
 # %% ../nbs/00f_labels.ipynb #2c44cbe6
 def _split_cells(codes, s, rng):
-    "Parts of `s` cells each, every label dealt out evenly"
+    "Parts of `s` cells each, every label dealt out evenly; equation (L3)"
     order = rng.permutation(len(codes))
     codes = codes[order]
-    rank = pd.Series(codes).groupby(codes).cumcount().to_numpy()
-    u = (rank+rng.random(codes.max()+1)[codes])/np.bincount(codes)[codes]
+    number = pd.Series(codes).groupby(codes).cumcount().to_numpy()
+    u = (number+rng.random(codes.max()+1)[codes])/np.bincount(codes)[codes]
     cuts = np.split(order[np.argsort(u, kind='stable')], np.cumsum(s))
     return [np.sort(c) for c in cuts[:len(s)]]
 
@@ -166,11 +160,27 @@ def _split_groups(codes, s, rng, groups):
     if len(have)<len(s): raise ValueError(f"{len(have)} groups cannot fill {len(s)} parts")
     rest = len(codes)-s.sum()
     s = np.append(s, rest) if rest else s
-    want,part = np.outer(s, have.sum(0)/len(codes)),np.empty(len(have), int)
+    want = np.outer(s, have.sum(0)/len(codes))
+    part = np.empty(len(have), int)
     for i in sorted(rng.permutation(len(have)), key=lambda i: -have[i].sum()):
         part[i] = np.argmax(want@have[i]/s)
         want[part[i]] -= have[i]
     parts = [np.flatnonzero(part[g]==p) for p in range(len(s)-bool(rest))]
-    top = int(have.sum(1).max())
-    if not all(map(len, parts)): raise ValueError(f"groups are too large for parts of {list(s)} cells; the largest has {top}")
+    large = f"groups are too large for parts of {s.tolist()} cells; the largest has {int(have.sum(1).max())}"
+    if not all(map(len, parts)): raise ValueError(large)
     return parts
+
+# %% ../nbs/00f_labels.ipynb #a572526c
+def split(
+    labels, # Label of each cell, shape (n_cells,); or the number of cells, for a split at random
+    sizes=(0.8,0.2), # Size of each part, as fractions of all cells or as numbers of cells
+    seed:int=0, # Same seed, same split
+    groups=None, # Group of each cell, such as its donor, shape (n_cells,): no group is in two parts
+)->list: # Row numbers of each part, sorted
+    "Row numbers of disjoint parts with the same mix of labels, if labels are given"
+    instead = "expected labels or a number of cells, got an AnnData; pass adata.obs[…] or adata.n_obs"
+    if isinstance(labels, AnnData): raise TypeError(instead)
+    if isinstance(labels, (int,np.integer)): labels = np.zeros(labels)
+    rng,s = np.random.default_rng(seed),_part_sizes(sizes, len(labels))
+    codes = _codes(labels, 'label')
+    return _split_cells(codes, s, rng) if groups is None else _split_groups(codes, s, rng, groups)

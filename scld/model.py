@@ -290,7 +290,7 @@ def _some(self:SCLD, rows, seed, at_most=20_000):
 # %% ../nbs/05a_model.ipynb #8db89433
 @patch
 def _calibrate(self:SCLD, seed):
-    "Expected totals of genes as observed, equation (A5)"
+    "Expected totals of genes as observed, equation (A11)"
     with seeded(seed): self.net.ae.calibrate(lambda: self._some(np.flatnonzero(self._named), seed))
 
 # %% ../nbs/05a_model.ipynb #090b15cb

@@ -22,14 +22,15 @@ from .training import seeded
 
 # %% ../nbs/05_post_guidance.ipynb #ec43cdac
 class Scorer(nn.Sequential):
-    "Three linear layers that tell real cells (1) from generated ones (0)"
+    "Three linear layers that distinguish real cells (1) from synth ones (0)"
     def __init__(self,
         n_genes:int, # Number of genes
         n_hidden:int=128, # Width of the first layer; the second has half of it
         dropout:float=0.2, # Share of units dropped while training
     ):
         h = n_hidden
-        super().__init__(nn.Linear(n_genes, h), nn.LayerNorm(h), nn.SiLU(), nn.Dropout(dropout), nn.Linear(h, h//2), nn.SiLU(), nn.Linear(h//2, 2))
+        first = nn.Linear(n_genes, h),nn.LayerNorm(h),nn.SiLU(),nn.Dropout(dropout)
+        super().__init__(*first, nn.Linear(h, h//2), nn.SiLU(), nn.Linear(h//2, 2))
 
 # %% ../nbs/05_post_guidance.ipynb #f6dfb130
 @patch
@@ -43,24 +44,26 @@ def score(self:Scorer,
 @patch
 def loss(self:Scorer,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
-    real:torch.Tensor, # 1 for real cells, 0 for generated ones, shape (n,)
+    real:torch.Tensor, # 1 for real cells, 0 for synth ones, shape (n,)
 )->torch.Tensor: # Scalar; log 2 is what guessing costs
-    "Cross entropy of real against generated"
+    "Cross entropy of real against synth"
     return F.cross_entropy(self(lognorm_tensor(counts)), real)
 
 # %% ../nbs/05_post_guidance.ipynb #0ad37f61
 def fit_scorer(
     real:sparse.csr_matrix, # Counts of training cells, shape (n, n_genes)
-    fake:sparse.csr_matrix, # Counts of generated cells, shape (m, n_genes)
+    synth:sparse.csr_matrix, # Counts of synth cells, shape (m, n_genes)
     steps:int=1000, # Optimiser steps
     seed:int=0, # Same seed, same scorer
     device='cpu', # Where to train
     **kwargs, # Passed on to `fit`
 )->Scorer: # Trained, in evaluation mode
-    "Train a scorer on training cells against generated ones"
+    "Train a scorer on training cells against synth ones"
     with seeded(seed): scorer = Scorer(real.shape[1]).to(device)
-    counts,n = sparse.vstack([real,fake], format='csr'),real.shape[0]
-    def loss(i): return scorer.loss(torch.from_numpy(counts[i.numpy()].toarray()).to(device), (i<n).long().to(device))
+    counts,n = sparse.vstack([real,synth], format='csr'),real.shape[0]
+    def loss(i):
+        rows = torch.from_numpy(counts[i.numpy()].toarray())
+        return scorer.loss(rows.to(device), (i<n).long().to(device))
     fit(scorer, loss, counts.shape[0], steps, seed=seed, **kwargs)
     return scorer
 
@@ -139,9 +142,10 @@ def fit_labeller(
     n = np.bincount(code, minlength=n_labels)
     genes = telling_genes(lognorm(X), code, len(labeller.genes))
     x,one = _expression(X, genes).astype(float),np.eye(n_labels)[code]
-    mu = one.T@x/np.maximum(n, 1)[:,None]
-    W = np.linalg.solve(ledoit_wolf(x-mu[code], assume_centered=True)[0]+1e-6*np.eye(len(genes)), mu.T).T
-    bias = np.where(n, -0.5*(W*mu).sum(1), -1e9)
+    a = one.T@x/np.maximum(n, 1)[:,None]
+    within = ledoit_wolf(x-a[code], assume_centered=True)[0]
+    W = np.linalg.solve(within+1e-6*np.eye(len(genes)), a.T).T
+    bias = np.where(n, -0.5*(W*a).sum(1), -1e9)
     for name,v in dict(genes=genes, weight=W, bias=bias).items(): getattr(labeller, name).copy_(torch.from_numpy(v))
     return labeller
 

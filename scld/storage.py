@@ -198,18 +198,15 @@ class SparseRows:
         self.seen = np.zeros(3)
         index = np.int32 if np.prod(self.shape, dtype=float)<2**31 else np.int64
         group.attrs.update({'encoding-type':'csr_matrix', 'encoding-version':'0.1.0', 'shape':np.array(self.shape)})
-        for name,kind in dict(data=np.float32, indices=index, indptr=index).items():
-            how = dict(chunks=(chunk,), fletcher32=True, compression=compression, shuffle=bool(compression))
-            group.create_dataset(name, shape=(0,), maxshape=(None,), dtype=kind, **how)
+        how = dict(chunks=(chunk,), fletcher32=True, compression=compression, shuffle=bool(compression))
+        for name,dtype in dict(data=np.float32, indices=index, indptr=index).items():
+            group.create_dataset(name, shape=(0,), maxshape=(None,), dtype=dtype, **how)
         self._add('indptr', [0])
-
-# %% ../nbs/00a_storage.ipynb #896d929f
-@patch
-def _add(self:SparseRows, name, values):
-    "Put `values` at the end of one of the three arrays"
-    d = self.group[name]
-    d.resize(len(d)+len(values), axis=0)
-    if len(values): d[-len(values):] = values
+    def _add(self, name, values):
+        "Put `values` at the end of one of the three arrays"
+        d = self.group[name]
+        d.resize(len(d)+len(values), axis=0)
+        if len(values): d[-len(values):] = values
 
 # %% ../nbs/00a_storage.ipynb #28c3f588
 @patch
@@ -313,6 +310,22 @@ def check_ours(
     else: return
     raise FileExistsError(f"{path} {why} and will not be replaced; choose another folder")
 
+# %% ../nbs/00a_storage.ipynb #adcc9c12
+def _refuse_folder(path, replace, why):
+    "Raise an error where `path` may not be made"
+    if not is_taken(path): return
+    if replace: return replace(path)
+    if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
+        raise FileExistsError(f"{path} is {why}; choose another name or delete it")
+
+# %% ../nbs/00a_storage.ipynb #08be5ea9
+def _swap_in(tmp, path, old):
+    "Give the folder `tmp` the name `path`; what was there is called `old` or `tmp` after"
+    if path.is_dir() and not any(path.iterdir()): path.rmdir()
+    if path.exists() and exchange(tmp, path): return
+    if path.exists(): path.rename(old)
+    tmp.rename(path)
+
 # %% ../nbs/00a_storage.ipynb #39cc655a
 @contextlib.contextmanager
 def whole_folder(
@@ -332,41 +345,21 @@ def whole_folder(
                 _refuse_folder(path, replace, 'made by another process in the meantime')
                 _swap_in(tmp, path, old)
         except OSError as e:
-            if e.errno and str(e.filename or tmp).startswith(str(tmp)): raise OSError(e.errno, e.strerror, str(path)) from None
+            inside = str(e.filename or tmp).startswith(str(tmp))
+            if e.errno and inside: raise OSError(e.errno, e.strerror, str(path)) from None
             raise
         finally:
             with held_signals(1000):
                 for p in (tmp,old): shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/00a_storage.ipynb #adcc9c12
-def _refuse_folder(path, replace, why):
-    "Raise an error where `path` may not be made"
-    if not is_taken(path): return
-    if replace: return replace(path)
-    if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
-        raise FileExistsError(f"{path} is {why}; choose another name or delete it")
-
-def _swap_in(tmp, path, old):
-    "Give the folder `tmp` the name `path`; what was there is called `old` or `tmp` after"
-    if path.is_dir() and not any(path.iterdir()): path.rmdir()
-    if path.exists() and exchange(tmp, path): return
-    if path.exists(): path.rename(old)
-    tmp.rename(path)
-
-# %% ../nbs/00a_storage.ipynb #d4c0b944
-def read_files(
-    path:str|Path, # A folder
-    limits:dict, # Name: the most bytes this file may have, or a function from what was read before to that number
-    what:str='a folder of ours', # What such a folder is, for messages
-)->dict: # Name: bytes
-    "Files of one folder as they were at one moment"
-    path = Path(path)
-    def complete(): return all((path/f).exists() for f in limits)
-    for _ in range(100):
-        try: return _read_at_once(path, limits, what)
-        except FileNotFoundError as e: lost = e
-        if not any(complete() for _ in range(3)): break
-    raise lost
+# %% ../nbs/00a_storage.ipynb #e1f0040f
+def _read_plain(fd, name, limit, read):
+    "The bytes of an open plain file within its limit"
+    s = os.fstat(fd)
+    if not stat.S_ISREG(s.st_mode): raise ValueError(f"{name} is not a plain file")
+    most = limit(read) if callable(limit) else limit
+    if s.st_size>most: raise ValueError(f"{name} has {s.st_size:,} bytes, where at most {most:,} can be right")
+    with os.fdopen(os.dup(fd), 'rb') as f: return f.read(s.st_size+1)
 
 # %% ../nbs/00a_storage.ipynb #5d5dbe56
 def _read_at_once(path, limits, what):
@@ -386,14 +379,20 @@ def _read_at_once(path, limits, what):
         for name,fd in files.items(): read[name] = _read_plain(fd, path/name, limits[name], read)
     return read
 
-# %% ../nbs/00a_storage.ipynb #e1f0040f
-def _read_plain(fd, name, limit, read):
-    "The bytes of an open plain file within its limit"
-    s = os.fstat(fd)
-    if not stat.S_ISREG(s.st_mode): raise ValueError(f"{name} is not a plain file")
-    most = limit(read) if callable(limit) else limit
-    if s.st_size>most: raise ValueError(f"{name} has {s.st_size:,} bytes, where at most {most:,} can be right")
-    with os.fdopen(os.dup(fd), 'rb') as f: return f.read(s.st_size+1)
+# %% ../nbs/00a_storage.ipynb #d4c0b944
+def read_files(
+    path:str|Path, # A folder
+    limits:dict, # Name: the most bytes this file may have, or a function from what was read before to that number
+    what:str='a folder of ours', # What such a folder is, for messages
+)->dict: # Name: bytes
+    "Files of one folder as they were at one moment"
+    path = Path(path)
+    def complete(): return all((path/f).exists() for f in limits)
+    for _ in range(100):
+        try: return _read_at_once(path, limits, what)
+        except FileNotFoundError as e: lost = e
+        if not any(complete() for _ in range(3)): break
+    raise lost
 
 # %% ../nbs/00a_storage.ipynb #fd327b8f
 def sha256(

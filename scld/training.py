@@ -103,8 +103,8 @@ class _Best:
 # %% ../nbs/00d_training.ipynb #7898be9d
 class _Run:
     "What changes while `fit` runs"
-    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc=''):
-        store_attr('model,steps,ema')
+    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None):
+        store_attr('model,steps,ema,before_step')
         self.desc,self.history = desc or 'training',[]
         self.good = 0,_copy(model)
         groups = model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters()
@@ -124,6 +124,7 @@ def step(self:_Run, value):
     if done%50==0: self.good = done,_copy(self.model)
     self.opt.zero_grad()
     value.backward()
+    if self.before_step: self.before_step(self.opt)
     self.opt.step()
     self.sched.step()
     if self.ema and done>=self.steps//2: self.avg.update_parameters(self.model)
@@ -246,9 +247,10 @@ def fit(
     desc:str='', # Name on the progress bar
     progress:bool=True, # Show a bar on stderr?
     checkpoint:Checkpoint|None=None, # Where to keep the run; it goes on from what is there
+    before_step=None, # Function that is called with the optimiser when gradients are there, before each step
 )->History: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
-    run = _Run(model, steps, lr, ema, validate, patience, desc)
+    run = _Run(model, steps, lr, ema, validate, patience, desc, before_step)
     start = run.unpack(*saved) if checkpoint and (saved := checkpoint.read()) else 0
     take = n.batches if hasattr(n, 'batches') else partial(batches, n)
     order = take(batch_size, steps, seed, start)

@@ -29,19 +29,6 @@ class CountStream:
         adata = open_cells(data)
         with closing(adata, data, always=False): self._look(*pick_raw(adata, layer))
 
-# %% ../nbs/00e_stream.ipynb #da81d903
-@patch
-def _look(self:CountStream, adata, layer):
-    "Take note of the matrix and the names of `adata`, and check them"
-    self._on_disk,self.shape = pick_matrix(adata, layer),adata.shape
-    if getattr(self._on_disk, 'format', '')=='csc':
-        how = "a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)"
-        raise ValueError(f"the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once: {how}")
-    self.obs,self.var = adata.obs,adata.var
-    self.obs_names,self.var_names = adata.obs_names,adata.var_names
-    self._rows_held,self._held = np.empty(0, int),None
-    self._check(adata, layer)
-
 # %% ../nbs/00e_stream.ipynb #7183efb6
 @patch
 def _check(self:CountStream, adata, layer):
@@ -59,6 +46,29 @@ def _check(self:CountStream, adata, layer):
     checked_names(adata, library, self.gene_totals, max(top))
     self.library = library.astype(np.float32)
 
+# %% ../nbs/00e_stream.ipynb #da81d903
+@patch
+def _look(self:CountStream, adata, layer):
+    "Take note of the matrix and the names of `adata`, and check them"
+    self._on_disk,self.shape = pick_matrix(adata, layer),adata.shape
+    by_column = "the matrix is stored by column (CSC), so rows cannot be streamed; write it by row once"
+    how = "a = anndata.read_h5ad(FILE); a.X = a.X.tocsr(); a.write_h5ad(NEW)"
+    if getattr(self._on_disk, 'format', '')=='csc': raise ValueError(f"{by_column}: {how}")
+    self.obs,self.var = adata.obs,adata.var
+    self.obs_names,self.var_names = adata.obs_names,adata.var_names
+    self._rows_held,self._held = np.empty(0, int),None
+    self._check(adata, layer)
+
+# %% ../nbs/00e_stream.ipynb #b7089eb7
+@patch
+def _read(self:CountStream, rows):
+    "Rows from disk: one read for each run of consecutive numbers"
+    if not len(rows): return sparse.csr_matrix((0,self.shape[1]), dtype=np.float32)
+    want,back = np.unique(rows, return_inverse=True)
+    runs = np.split(want, np.flatnonzero(np.diff(want)!=1)+1)
+    X = sparse.vstack([read_rows(self._on_disk, int(r[0]), int(r[-1])+1) for r in runs], format='csr')
+    return X[back].astype(np.float32)
+
 # %% ../nbs/00e_stream.ipynb #b3b954e6
 @patch
 def __getitem__(self:CountStream,
@@ -71,48 +81,11 @@ def __getitem__(self:CountStream,
     if len(held) and (held[at.clip(max=len(held)-1)]==rows).all(): return self._held[at]
     return self._read(rows)
 
-# %% ../nbs/00e_stream.ipynb #b7089eb7
-@patch
-def _read(self:CountStream, rows):
-    "Rows from disk: one read for each run of consecutive numbers"
-    if not len(rows): return sparse.csr_matrix((0,self.shape[1]), dtype=np.float32)
-    want,back = np.unique(rows, return_inverse=True)
-    runs = np.split(want, np.flatnonzero(np.diff(want)!=1)+1)
-    X = sparse.vstack([read_rows(self._on_disk, int(r[0]), int(r[-1])+1) for r in runs], format='csr')
-    return X[back].astype(np.float32)
-
 # %% ../nbs/00e_stream.ipynb #3fe310a7
 @patch(as_prop=True)
 def X(self:CountStream)->CountStream: # The stream itself
     "The matrix, as in an AnnData"
     return self
-
-# %% ../nbs/00e_stream.ipynb #b4a74628
-@patch
-def batches(self:CountStream,
-    batch_size:int, # Rows a batch; at most all are taken
-    steps:int, # Number of batches
-    seed:int=0, # Same seed, same batches
-    start:int=0, # Batches to leave out at the beginning; pools without any other are not read
-    among:np.ndarray|None=None, # Rows that may be in a batch, True or False, shape (n_cells,), at least half of them; all if absent
-):
-    "Yield arrays of row numbers, `steps` less `start` of them, each from the pool that is in memory at that moment"
-    n,step,epoch = self.shape[0],0,0
-    among = np.ones(n, bool) if among is None else among
-    size = min(batch_size, among.sum())
-    starts,pool = np.arange(0, n, self.block),max(self.pool, -(-3*size//self.block))
-    while True:
-        rng = np.random.default_rng([seed,epoch])
-        for blocks in _pools(rng.permutation(starts), pool):
-            rows = np.concatenate([np.arange(b, min(b+self.block, n)) for b in blocks])
-            rows = rows[among[rows]]
-            rng.shuffle(rows)
-            if step+len(rows)//size>start: self._hold(np.sort(rows))
-            for i in range(0, len(rows)-size+1, size):
-                if step==steps: return
-                if step>=start: yield rows[i:i+size]
-                step += 1
-        epoch += 1
 
 # %% ../nbs/00e_stream.ipynb #54141f4d
 def _pools(starts, pool):
@@ -126,3 +99,31 @@ def _hold(self:CountStream, rows):
     "Read `rows`, sorted, into memory in place of what was held"
     self._rows_held,self._held = rows[:0],None
     self._rows_held,self._held = rows,self._read(rows)
+
+# %% ../nbs/00e_stream.ipynb #b4a74628
+@patch
+def batches(self:CountStream,
+    batch_size:int, # Rows of a batch; at most all are taken
+    steps:int, # Number of batches
+    seed:int=0, # Same seed, same batches
+    start:int=0, # Batches to leave out at the beginning; pools without any other are not read
+    among:np.ndarray|None=None, # Rows that may be in a batch, at least half of all, shape (n_cells,); all if absent
+):
+    "Yield arrays of row numbers, `steps` less `start` of them, each from the pool that is in memory at that moment"
+    n = self.shape[0]
+    among = np.ones(n, bool) if among is None else among
+    size = min(batch_size, among.sum())
+    starts,pool = np.arange(0, n, self.block),max(self.pool, -(-3*size//self.block))
+    step = epoch = 0
+    while True:
+        rng = np.random.default_rng([seed,epoch])
+        for blocks in _pools(rng.permutation(starts), pool):
+            rows = np.concatenate([np.arange(b, min(b+self.block, n)) for b in blocks])
+            rows = rows[among[rows]]
+            rng.shuffle(rows)
+            if step+len(rows)//size>start: self._hold(np.sort(rows))
+            for i in range(0, len(rows)-size+1, size):
+                if step==steps: return
+                if step>=start: yield rows[i:i+size]
+                step += 1
+        epoch += 1

@@ -54,14 +54,15 @@ class SCLD:
         self.history = pd.DataFrame()
         self.trained = self.scored = False
         if self.small: warnings.warn(too_small(self.small, self.settings['min_label']), stacklevel=2)
-
-# %% ../nbs/05a_model.ipynb #31292e45
-@patch
-def _describe(self:SCLD, facts):
-    "Take over what is known of the cells, in plain values"
-    for k in FACTS: setattr(self, k, facts[k])
-    self.var = pd.DataFrame(facts['var'], index=self.genes)
-    self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
+    def _describe(self, facts):
+        "Take over what is known of the cells, in plain values"
+        for k in FACTS: setattr(self, k, facts[k])
+        self.var = pd.DataFrame(facts['var'], index=self.genes)
+        self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
+    @property
+    def small(self)->dict: # Number of training cells by label; empty once the model was saved and loaded
+        "Labels of too few cells to be asked for"
+        return self.training.small if self.training else {}
 
 # %% ../nbs/05a_model.ipynb #db8e905b
 @patch
@@ -89,21 +90,6 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
     "Where the networks are"
     return self.net.denoiser.means.device
 
-@patch(as_prop=True)
-def small(self:SCLD)->dict: # Number of training cells by label; empty once the model was saved and loaded
-    "Labels of too few cells to be asked for"
-    return self.training.small if self.training else {}
-
-# %% ../nbs/05a_model.ipynb #2b8880f6
-@patch
-def _held_loss(self:SCLD, held, seed):
-    "A function of the autoencoder to its mean loss on the cells `held`"
-    X,n = self.training.X[held],len(held)
-    def validate(ae):
-        parts = (torch.from_numpy(X[i:i+250].toarray()).to(self.device) for i in range(0, n, 250))
-        with seeded(seed): return sum(len(p)*ae.bound(p).item() for p in parts)/n
-    return validate
-
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
@@ -115,7 +101,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
     ae.start_at(share, cells.sample(np.setdiff1d(named, held), seed, device=self.device), len(cells)-len(held))
     def loss(i): return ae.loss(cells.counts(rows(i), self.device))
-    if len(held): kw |= dict(validate=self._held_loss(held, seed), every=50)
+    if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
     self.history = record(self.history, 'autoencoder', losses)

@@ -77,21 +77,21 @@ def native(
     return np.asarray(v).astype(np.result_type(v.dtype, np.float32), copy=False)
 
 def compressed(
-    kind, # `sparse.csr_matrix` or `sparse.csc_matrix`
+    form, # `sparse.csr_matrix` or `sparse.csc_matrix`
     data, # Values, shape (n,)
     indices, # Column of each (row, for CSC), shape (n,)
     indptr, # Where each row (column, for CSC) begins among them, and where the last ends
     shape:tuple, # Rows, columns
-): # A matrix of class `kind`
+): # A matrix of class `form`
     "A sparse matrix, made only if its pointers and indices stay inside it"
-    n,m = shape[::-1] if kind is sparse.csc_matrix else shape
+    n,m = shape[::-1] if form is sparse.csc_matrix else shape
     if len(data)!=len(indices):
         raise ValueError(f"a sparse matrix has {len(data):,} values but {len(indices):,} indices")
     _check_pointers(indptr, len(data), (n,m))
     if indices.dtype.kind not in 'iu': raise ValueError(f"the indices of a sparse matrix are of type {indices.dtype}")
     if len(indices) and not 0<=indices.min()<=indices.max()<m:
         raise ValueError(f"indices must be < {m} and not negative, but reach from {indices.min()} to {indices.max()}")
-    return kind((native(data),indices,indptr), shape=shape)
+    return form((native(data),indices,indptr), shape=shape)
 
 # %% ../nbs/00_data.ipynb #e491c465
 def _take(X, part, name=None):
@@ -118,12 +118,12 @@ def _shape(X):
 def _in_memory(X):
     "A sparse matrix in memory, or one stored by column wherever it is, as CSR in memory"
     if sparse.issparse(X) and X.format not in ('csr','csc'): return X.tocsr()
-    kind = sparse.csc_matrix if X.format=='csc' else sparse.csr_matrix
+    form = sparse.csc_matrix if X.format=='csc' else sparse.csr_matrix
     if sparse.issparse(X):
         k = int(X.indptr[-1]) if len(X.indptr) else 0
         arrays = X.data[:k],X.indices[:k],X.indptr
     else: arrays = (_take(X, slice(None), a) for a in ('data','indices','indptr'))
-    return compressed(kind, *arrays, _shape(X)).tocsr()
+    return compressed(form, *arrays, _shape(X)).tocsr()
 
 # %% ../nbs/00_data.ipynb #71b693bc
 def read_rows(

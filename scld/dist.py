@@ -53,7 +53,7 @@ def shared(
     rank:int, # Number of this process
     n_processes:int, # Number of processes
 ):
-    "The loss of a share of the rows, worth that of all, equation (S1)"
+    "The loss of a share of the rows, worth that of all, equation (C1)"
     def f(i):
         few = f"a batch of {len(i)} rows cannot be shared by {n_processes} processes"
         if len(i)<n_processes: raise ValueError(f"{few}; use larger batches or fewer processes")

@@ -18,7 +18,7 @@ def _refuse_small(size, min_label, names):
     "Raise an error that names the labels of fewer than `min_label` cells, and any without"
     least = max(min_label, 1)
     few = [f'{k!r} ({n})' for k,n in zip(names, size) if n<least]
-    why = f"clusters of fewer than {least} cells: {', '.join(few)}; join them to others, drop them, or lower min_label "
+    why = f"labels of fewer than {least} cells: {', '.join(few)}; join them to others, drop them, or lower min_label "
     if few: raise ValueError(why+"(the mean of one cell is that cell)")
 
 # %% ../nbs/04_pre_guidance.ipynb #ca56126c

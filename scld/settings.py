@@ -26,7 +26,7 @@ def in_range(
     if v is None and other: return None
     whole = isinstance(low, int)
     right = isinstance(v, (int,np.integer) if whole else (int,float,np.number)) and not isinstance(v, bool)
-    if right and low<=v<=high: return v.item() if isinstance(v, np.generic) else v
+    if right and low<=v<=high: return int(v) if whole else float(v)
     kind,none = 'a whole number' if whole else 'a number',' (or None)' if other else ''
     raise ValueError(f"{name}={v!r} must be {kind} from {low} to {high}{none}")
 

@@ -251,7 +251,8 @@ def fit(
 )->History: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
     run = _Run(model, steps, lr, ema, validate, patience, desc, before_step)
-    start = run.unpack(*saved) if checkpoint and (saved := checkpoint.read()) else 0
+    saved = checkpoint.read() if checkpoint else None
+    start = run.unpack(*saved) if saved else 0
     take = n.batches if hasattr(n, 'batches') else partial(batches, n)
     order = take(batch_size, steps, seed, start)
     bar = tqdm(order, desc, steps, initial=start, disable=not progress, file=sys.stderr, mininterval=1)

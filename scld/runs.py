@@ -336,7 +336,7 @@ ablations = {
     'plain-latent': _change('no noise on latents', noise=0.),
     'no-prior': _change('no prior on the decoder', prior=0.),
     'all-genes': _change('encoder reads all genes', reads='log'),
-    'holistic': _ours('types left to the model', 'default', types=False)}
+    'holistic': _ours('kinds left to the model', 'default', types=False)}
 tables = dict(table3=systems, table4=networks4, ablation=ablations)
 
 # %% ../nbs/06i_runs.ipynb #69669221

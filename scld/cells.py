@@ -18,6 +18,7 @@ from .labels import cluster,library_model,read_labels,split
 from .pre_guidance import cluster_means
 from .saved import check_column,check_names,writable
 from .stream import CountStream
+from .training import seeded
 
 # %% ../nbs/04d_cells.ipynb #aabff851
 def text_columns(
@@ -156,6 +157,20 @@ def held(self:TrainingCells,
     n = len(self)
     size = min(round(share*n), 1000)
     return split(self.code, (size,n-size), seed)[0] if size>=20 else np.empty(0, int)
+
+# %% ../nbs/04d_cells.ipynb #75e0fa8d
+@patch
+def held_loss(self:TrainingCells,
+    held:np.ndarray, # Row numbers, from `held`
+    seed:int=0, # Of the noise
+    device='cpu', # Where the network is
+): # Function of a network with a `bound`, such as an autoencoder, to its mean loss on these cells
+    "The loss that says when to stop"
+    X,n = self.X[held],len(held)
+    def validate(net):
+        parts = (torch.from_numpy(X[i:i+250].toarray()).to(device) for i in range(0, n, 250))
+        with seeded(seed): return sum(len(p)*net.bound(p).item() for p in parts)/n
+    return validate
 
 # %% ../nbs/04d_cells.ipynb #c2720b6d
 @patch

@@ -78,7 +78,7 @@ def _check_heaps(path):
     if end<0: raise ValueError("text in it is damaged, so that the HDF5 library fails; get the file anew")
 
 # %% ../nbs/00b_files.ipynb #9e15fd56
-def _text(a, n_bytes):
+def _read_text(a, n_bytes):
     "The text of an array of an HDF5 file of `n_bytes`"
     text,n = [],0
     for i in range(0, len(a), 256):
@@ -96,7 +96,7 @@ def _frame(g, n_bytes):
     for a in arrays: # zarr leaves out what is 0 throughout, which numbers of categories may be, but not names
         needed = hasattr(a, 'file') or a.name.split('/')[-1]==g.attrs.get('_index')
         if needed and lost_parts(a): raise ValueError(f"a part of {a.name.strip('/')!r} was lost or never written")
-        if hasattr(a, 'file') and a.dtype.kind=='O' and a.ndim==1: _text(a, n_bytes)
+        if hasattr(a, 'file') and a.dtype.kind=='O' and a.ndim==1: _read_text(a, n_bytes)
     df = read_elem(g)
     if not isinstance(df, pd.DataFrame): raise ValueError(f"{name!r} is not a table")
     return df.rename(columns={'_index':'index' if 'index' not in df else '_index_'})
@@ -304,7 +304,7 @@ def _read_10x_h5(path):
         n_bytes = path.stat().st_size
         m,n = map(int, g['shape'][:2])
         X = compressed(sparse.csr_matrix, *(g[k][...] for k in ('data','indices','indptr')), (n,m))
-        obs = pd.DataFrame(index=_text(g['barcodes'], n_bytes))
+        obs = pd.DataFrame(index=_read_text(g['barcodes'], n_bytes))
         return _genes_only(AnnData(X, obs=obs, var=_table_10x(g, n_bytes)))
 
 def _table_10x(g, n_bytes):
@@ -312,15 +312,15 @@ def _table_10x(g, n_bytes):
     new = 'features' in g
     columns = dict(gene_ids='features/id', feature_types='features/feature_type', genome='features/genome')
     if not new: columns = dict(gene_ids='genes')
-    names = _unique(_text(g['features/name' if new else 'gene_names'], n_bytes))
-    return pd.DataFrame({c: _text(g[k], n_bytes) for c,k in columns.items() if k in g}, index=names)
+    names = _unique(_read_text(g['features/name' if new else 'gene_names'], n_bytes))
+    return pd.DataFrame({c: _read_text(g[k], n_bytes) for c,k in columns.items() if k in g}, index=names)
 
 # %% ../nbs/00b_files.ipynb #ca709d3c
 def _loom_table(f, where, names):
     "The attributes of rows or columns of an open loom file, those of one dimension, as a table"
     g,n_bytes = f[where],f.id.get_filesize()
     weigh(where, sum(map(unpacked_size, arrays_in(g))), n_bytes)
-    cols = {k: _text(v, n_bytes) if v.dtype.kind in 'SO' else v[...] for k,v in g.items() if len(v.shape)==1}
+    cols = {k: _read_text(v, n_bytes) if v.dtype.kind in 'SO' else v[...] for k,v in g.items() if len(v.shape)==1}
     name = next((k for k in names if k in cols), None)
     if name is None: raise ValueError(f"it has no names, {names[0]!r}, among its {where}, which are {list(cols)}")
     df = pd.DataFrame(cols)

@@ -28,7 +28,7 @@ from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_label
 from .pre_guidance import Denoiser
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
 from .saved import free_name,read_model,with_weights,write_cells,write_model
-from .settings import defaults,in_ranges,pick_device,read_settings,sampling,training
+from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
 from .stages import kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
@@ -54,14 +54,15 @@ class SCLD:
         self.history = pd.DataFrame()
         self.trained = self.scored = False
         if self.small: warnings.warn(too_small(self.small, self.settings['min_label']), stacklevel=2)
-
-# %% ../nbs/05a_model.ipynb #31292e45
-@patch
-def _describe(self:SCLD, facts):
-    "Take over what is known of the cells, in plain values"
-    for k in FACTS: setattr(self, k, facts[k])
-    self.var = pd.DataFrame(facts['var'], index=self.genes)
-    self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
+    def _describe(self, facts):
+        "Take over what is known of the cells, in plain values"
+        for k in FACTS: setattr(self, k, facts[k])
+        self.var = pd.DataFrame(facts['var'], index=self.genes)
+        self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
+    @property
+    def small(self)->dict: # Number of training cells by label; empty once the model was saved and loaded
+        "Labels of too few cells to be asked for"
+        return self.training.small if self.training else {}
 
 # %% ../nbs/05a_model.ipynb #db8e905b
 @patch
@@ -89,21 +90,6 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
     "Where the networks are"
     return self.net.denoiser.means.device
 
-@patch(as_prop=True)
-def small(self:SCLD)->dict: # Number of training cells by label; empty once the model was saved and loaded
-    "Labels of too few cells to be asked for"
-    return self.training.small if self.training else {}
-
-# %% ../nbs/05a_model.ipynb #2b8880f6
-@patch
-def _held_loss(self:SCLD, held, seed):
-    "A function of the autoencoder to its mean loss on the cells `held`"
-    X,n = self.training.X[held],len(held)
-    def validate(ae):
-        parts = (torch.from_numpy(X[i:i+250].toarray()).to(self.device) for i in range(0, n, 250))
-        with seeded(seed): return sum(len(p)*ae.bound(p).item() for p in parts)/n
-    return validate
-
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
@@ -115,7 +101,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
     ae.start_at(share, cells.sample(np.setdiff1d(named, held), seed, device=self.device), len(cells)-len(held))
     def loss(i): return ae.loss(cells.counts(rows(i), self.device))
-    if len(held): kw |= dict(validate=self._held_loss(held, seed), every=50)
+    if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
     self.history = record(self.history, 'autoencoder', losses)
@@ -300,11 +286,18 @@ def _refuse_unready(self:SCLD, keep=1.):
     why = "training was stopped before the scorer or it was saved without"
     raise RuntimeError(f"this model has no scorer, since {why}: keep must be 1")
 
+# %% ../nbs/05a_model.ipynb #62d911ed
 @patch
 def _read_request(self:SCLD, n):
-    "A checked request; labels that were too small to be kept are named as such"
+    "A checked request"
     few = self.settings['min_label'] if self.unnamed else 0
-    return read_request(n, self.categories, self.small, few)
+    request = read_request(n, self.categories, self.small, few)
+    if isinstance(request, dict) or not self.unnamed: return request
+    share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
+    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
+    under = "as large a share of the synthetic cells carries the names of labels they are most like"
+    warnings.warn(f"{lost}; {under}", stacklevel=3)
+    return request
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
 @patch
@@ -338,17 +331,6 @@ def _anndata(self:SCLD, how, start, X, z, score, label):
         uns[f'{self.labels}_colors'] = [self.colors[k] for k in self.categories]
     return AnnData(X, obs=obs, var=self.var.copy(), obsm={} if z is None else {'X_scld': z}, uns=uns)
 
-# %% ../nbs/05a_model.ipynb #4c510fdf
-@patch
-def _say_unnamed(self:SCLD):
-    "Warn that cells of labels too small to be kept come under other names"
-    if not self.unnamed: return
-    share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
-    few = self.settings['min_label']
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
-    under = "as large a share of the synthetic cells carries the names of labels they are most like"
-    warnings.warn(f"{lost}; {under}", stacklevel=3)
-
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
@@ -365,20 +347,19 @@ def sample(self:SCLD,
 )->AnnData|Path: # Counts in `X` (CSR), labels in `obs`, latents in `obsm`, provenance in `uns["scld"]`; or `out`
     "Make new cells, of all types or of given labels, by equation (13)"
     out = None if out is None else free_name(out)
-    how = in_ranges(sampling, guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor, batch_size=batch_size)
-    at_once = how.pop('batch_size')
+    how = in_ranges(sampling, guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor)
+    at_once = in_range('batch_size', batch_size, sampling['batch_size'])
     self._refuse_unready(keep)
     request = self._read_request(n)
-    by_label = isinstance(request, dict)
-    if not by_label: self._say_unnamed()
     cond = conditions(request, self.categories, self._sizes(), seed, holistic=guidance==-1)
-    blocks,seen = Blocks(cond, (seed,0), part),Recognition(self.net.labeller, self.label_table)
+    blocks = Blocks(cond, (seed,0), part)
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
-    cells = seen.watch(cells, floor if by_label else 0., heard=guidance>=0)
-    done = partial(self._anndata, dict(how, n=json.dumps(request), part='{}/{}'.format(*part)), blocks.start)
-    if out is None: return done(*join(cells))
+    least = floor if isinstance(request, dict) else 0.
+    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, heard=guidance>=0)
+    how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))
+    if out is None: return self._anndata(how, blocks.start, *join(cells))
     shape = len(blocks),len(self.genes),len(self.net.scale.mean)
-    return write_cells(out, cells, shape, partial(done, None, None))
+    return write_cells(out, cells, shape, partial(self._anndata, how, blocks.start, None, None))
 
 # %% ../nbs/05a_model.ipynb #7ec038cd
 @patch

@@ -4,22 +4,29 @@
 
 # %% auto #0
 __all__ = ['published', 'published_fusion', 'published_types', 'pairs', 'spread', 'summary', 'compare', 'claims', 'ahead',
-           'by_types', 'ahead_by_type', 'plot_claims', 'describe_claims', 'best_results', 'caption']
+           'by_types', 'ahead_by_type', 'plot_panel', 'plot_claims', 'describe_claims', 'best_results', 'caption']
 
 # %% ../nbs/07_experiments.ipynb #32712497
-import json
-from pathlib import Path
 import numpy as np, pandas as pd
+from pathlib import Path
 from .runs import data_sets,results_of,systems
 
 # %% ../nbs/07_experiments.ipynb #c2807535
 published = dict(
-    pbmc68k={'positive': (0.51,0.05), 'random': (1.00,None), 'splatter': (1.00,129.52), 'sugar': (0.98,59.45), 'scgan': (0.73,0.90), 'activa': (0.68,0.80),
-             'paper': (0.65,0.77), 'paper-pre': (0.64,0.75), 'paper-pre-post': (0.59,0.65)},
-    brain_small={'positive': (0.50,0.02), 'random': (1.00,None), 'scgan': (0.74,0.97), 'activa': (0.62,0.77),
-                 'paper': (0.68,0.82), 'paper-pre': (0.68,0.81), 'paper-pre-post': (0.61,0.72)})
-published_fusion = dict(pbmc68k=dict(add=0.64, cat=0.65, attention=0.68), brain_small=dict(add=0.68, cat=0.68, attention=0.69))
-published_types = {'cscgan': {1: 0.82, 2: 0.72, 3: 0.86, 6: 0.75}, 'activa': {1: 0.73, 3: 0.74}, 'paper-pre': {1: 0.71, 2: 0.68, 3: 0.70, 6: 0.69}}
+    pbmc68k={
+        'positive': (0.51,0.05), 'random': (1.00,None), 'splatter': (1.00,129.52), 'sugar': (0.98,59.45),
+        'scgan': (0.73,0.90), 'activa': (0.68,0.80),
+        'paper': (0.65,0.77), 'paper-pre': (0.64,0.75), 'paper-pre-post': (0.59,0.65)},
+    brain_small={
+        'positive': (0.50,0.02), 'random': (1.00,None), 'scgan': (0.74,0.97), 'activa': (0.62,0.77),
+        'paper': (0.68,0.82), 'paper-pre': (0.68,0.81), 'paper-pre-post': (0.61,0.72)})
+published_fusion = dict(
+    pbmc68k=dict(add=0.64, cat=0.65, attention=0.68),
+    brain_small=dict(add=0.68, cat=0.68, attention=0.69))
+published_types = {
+    'cscgan': {1: 0.82, 2: 0.72, 3: 0.86, 6: 0.75},
+    'activa': {1: 0.73, 3: 0.74},
+    'paper-pre': {1: 0.71, 2: 0.68, 3: 0.70, 6: 0.69}}
 
 # %% ../nbs/07_experiments.ipynb #b3179a33
 def spread(
@@ -28,19 +35,28 @@ def spread(
 )->str: # `mean ± sd`, the mean alone for one seed, or nothing
     "Mean and standard deviation over seeds"
     v = [x for x in values if x is not None]
-    return '' if not v else f'{np.mean(v):.{digits}f}' + (f' ± {np.std(v, ddof=1):.{digits}f}' if len(v)>1 else '')
+    if not v: return ''
+    return f'{np.mean(v):.{digits}f}' + (f' ± {np.std(v, ddof=1):.{digits}f}' if len(v)>1 else '')
 
 # %% ../nbs/07_experiments.ipynb #05535ecf
 def summary(
     results:dict, # Of one table, preset and data set, by row, from `results_of`
     quoted:dict|None=None, # AUC and kernel distance that the paper prints, by row
 )->pd.DataFrame: # A row a system
-    "What every system scored, beside what the paper prints"
+    "What every system scored, beside what the paper prints; columns without any figure are left out"
+    def figures(rs, key, digits=3): return spread([r['cells'][key] for r in rs], digits)
+    def types(rs, f):
+        made = [[v for v in r.get('types', {}).values() if v is not None] for r in rs]
+        return spread([f(v) for v in made if v])
     def row(k, rs):
-        c,t,q = [r['cells'] for r in rs],[list(r['types'].values()) for r in rs if 'types' in r],(quoted or {}).get(k, (None,None))
-        mean,worst = (lambda t: ([np.mean(v) for v in t if v],[max(v) for v in t if v]))([[x for x in v if x is not None] for v in t])
-        return {'row': rs[0]['system'], 'AUC, genes': spread([x['auc_genes'] for x in c]), 'paper': spread(q[:1], 2), 'AUC, 50 PCs': spread([x['auc_pcs'] for x in c]), 'MMD² × 10³': spread([x['mmd2_e3'] for x in c], 2), 'paper ': spread(q[1:], 2),
-                'recall': spread([x['recall'] for x in c], 2), 'types off': spread([x['types_off'] for x in c]), 'AUC by type': spread(mean), 'worst type': spread(worst), 'models': len(rs)}
+        auc,mmd = (quoted or {}).get(k, (None,None))
+        return {
+            'row': rs[0]['system'],
+            'AUC, genes': figures(rs, 'auc_genes'), 'paper, AUC': spread([auc], 2),
+            'AUC, 50 PCs': figures(rs, 'auc_pcs'),
+            'MMD² × 10³': figures(rs, 'mmd2_e3', 2), 'paper, MMD²': spread([mmd], 2),
+            'recall': figures(rs, 'recall', 2), 'types off': figures(rs, 'types_off'),
+            'AUC by type': types(rs, np.mean), 'worst type': types(rs, max), 'models': len(rs)}
     rows = pd.DataFrame([row(k, rs) for k,rs in results.items()])
     return rows.set_index('row').loc[:,lambda d: (d!='').any()] if len(rows) else rows
 
@@ -51,44 +67,61 @@ def compare(
     key:str='auc_genes', # Figure to compare; lower is better
 )->tuple: # `lower`, `higher` or `no difference` of `a`; b − a; twice the standard error of that
     "Is the figure of one row lower than that of another? Equation (X1)"
+    def values(rs): return [r['cells'][key] for r in rs]
     def var(rs):
-        v,folds = [r['cells'][key] for r in rs],np.mean([r['cells'].get(f'{key}_sd', 0)**2 for r in rs])/5
-        return (folds+(np.var(v, ddof=1) if len(v)>1 else 0))/len(v)
-    d,two = np.mean([r['cells'][key] for r in b])-np.mean([r['cells'][key] for r in a]),2*(var(a)+var(b))**0.5
-    return ('lower' if d>two else 'higher' if d<-two else 'no difference'),float(d),float(two)
+        folds = np.mean([r['cells'].get(f'{key}_sd', 0)**2 for r in rs])/5
+        return (folds+(np.var(values(rs), ddof=1) if len(rs)>1 else 0))/len(rs)
+    d,two = np.mean(values(b))-np.mean(values(a)),2*(var(a)+var(b))**0.5
+    word = 'lower' if d>two else 'higher' if d<-two else 'no difference'
+    return word,float(d),float(two)
 
 # %% ../nbs/07_experiments.ipynb #d72041bc
-pairs = [('paper','random'),('paper','splatter'),('paper','sugar'),('paper','scgan'),('paper','activa'),('paper-pre','paper'),('paper-pre-post','paper-pre'),('paper-pre-post','activa')]
+pairs = [
+    ('paper','random'), ('paper','splatter'), ('paper','sugar'), ('paper','scgan'), ('paper','activa'),
+    ('paper-pre','paper'), ('paper-pre-post','paper-pre'), ('paper-pre-post','activa')]
 
 def claims(
     results:dict, # Of Table 3, by row
     paper:str, # The paper's set that the data are, or stand for
 )->pd.DataFrame: # A row a claim
     "The claims of Table 3: in the paper's own figures, and here"
-    said,word = published[paper],dict(lower='yes', higher='no, the opposite')
-    def quoted(a, b): return '' if a not in said or b not in said else 'yes' if said[a][0]<said[b][0] else 'no, equal' if said[a][0]==said[b][0] else 'no, the opposite'
-    def ours(a, b): return 'not run' if not {a,b}<=set(results) else '{}; {:+.3f}, 2 s.e. {:.3f}'.format(word.get((c := compare(results[a], results[b]))[0], c[0]), *c[1:])
-    return pd.DataFrame([{'claim': f'{systems[a].title}: lower AUC than {systems[b].title}', 'in the paper’s figures': quoted(a, b), 'here': ours(a, b)} for a,b in pairs]).set_index('claim')
+    said,opposite = published[paper],'no, the opposite'
+    def quoted(a, b):
+        if not {a,b}<=set(said): return ''
+        if said[a][0]==said[b][0]: return 'no, equal'
+        return 'yes' if said[a][0]<said[b][0] else opposite
+    def ours(a, b):
+        if not {a,b}<=set(results): return 'not run'
+        word,d,two = compare(results[a], results[b])
+        return f"{dict(lower='yes', higher=opposite).get(word, word)}; {d:+.3f}, 2 s.e. {two:.3f}"
+    def claim(a, b): return f'{systems[a].title}: lower AUC than {systems[b].title}'
+    columns = 'claim','in the paper’s figures','here'
+    rows = [dict(zip(columns, (claim(*p),quoted(*p),ours(*p)))) for p in pairs]
+    return pd.DataFrame(rows).set_index('claim')
 
 # %% ../nbs/07_experiments.ipynb #a7481340
 def ahead(
     results:dict, # Of Table 3, by row
 )->str: # A sentence for the caption
     "Is the best row of this library ahead of the best other system?"
-    def auc(rs): return np.mean([r['cells']['auc_genes'] for r in rs])
-    mine,rest = ({k: rs for k,rs in results.items() if k!='positive' and systems[k].ours==o} for o in (True,False))
+    mean = {k: np.mean([r['cells']['auc_genes'] for r in rs]) for k,rs in results.items() if k!='positive'}
+    mine,rest = ([k for k in mean if systems[k].ours==own] for own in (True,False))
     if not mine or not rest: return 'Too few rows have been run to compare this library with others.'
-    (a,ra),(b,rb) = (min(d.items(), key=lambda kv: auc(kv[1])) for d in (mine,rest))
-    how,d,two = compare(ra, rb)
-    text = dict(lower='is ahead of', higher='is behind').get(how, 'cannot be told from')
-    return f'The best row of this library ({systems[a].title}, AUC {auc(ra):.3f}) {text} the best other system ({systems[b].title}, {auc(rb):.3f}): {d:+.3f}, twice the standard error {two:.3f}.'
+    a,b = (min(ks, key=mean.get) for ks in (mine,rest))
+    word,d,two = compare(results[a], results[b])
+    is_ = dict(lower='is ahead of', higher='is behind').get(word, 'cannot be distinguished from')
+    best,other = (f'{systems[k].title}, AUC {mean[k]:.3f}' for k in (a,b))
+    return (f'The best row of this library ({best}) {is_} the best other system ({other}): '
+        f'{d:+.3f}, twice the standard error {two:.3f}.')
 
 # %% ../nbs/07_experiments.ipynb #8509dc6c
 def by_types(
     results:dict, # Of Table 3, by row
 )->pd.DataFrame: # Types by conditional rows: AUC, mean over seeds; the last row their mean
     "AUC of cells asked for by name"
-    t = pd.DataFrame({rs[0]['system']: pd.DataFrame([r['types'] for r in rs], dtype=float).mean() for k,rs in results.items() if all(r.get('types') for r in rs)}).astype(float)
+    def mean(rs): return pd.DataFrame([r['types'] for r in rs], dtype=float).mean()
+    asked = [rs for rs in results.values() if all(r.get('types') for r in rs)]
+    t = pd.DataFrame({rs[0]['system']: mean(rs) for rs in asked}).astype(float)
     return pd.concat([t, t.mean().to_frame('mean over types').T]) if len(t) else t
 
 # %% ../nbs/07_experiments.ipynb #f260055d
@@ -98,35 +131,53 @@ def ahead_by_type(
     "In how many types is this library's best conditional row lower than every other system?"
     t = by_types({k: rs for k,rs in results.items() if k!='positive'})
     title = {systems[k].title: systems[k].ours for k in results}
-    mine,rest = ([c for c in t if title[c]==o] for o in (True,False))
+    mine,rest = ([c for c in t if title[c]==own] for own in (True,False))
     if not mine or not rest: return 'Too few conditional rows have been run to compare types.'
-    best = t.loc['mean over types',mine].idxmin()
-    less = t.drop('mean over types')[best]<t.drop('mean over types')[rest].min(1)
-    other = t.loc['mean over types',rest].idxmin()
-    lost = ', '.join(less.index[~less])
-    return f'By type, {best} (mean {t.loc["mean over types",best]:.3f}) scores lower than every other system in {less.sum()} of {len(less)} types{f" (not in {lost})" if lost else ""}; the best other by the mean is {other} ({t.loc["mean over types",other]:.3f}).'
+    mean = t.loc['mean over types']
+    best,other = mean[mine].idxmin(),mean[rest].idxmin()
+    types = t.drop('mean over types')
+    less = types[best]<types[rest].min(1)
+    lost = f" (not in {', '.join(less.index[~less])})" if (~less).any() else ''
+    return (f'By type, {best} (mean {mean[best]:.3f}) scores lower than every other system in {less.sum()} of '
+        f'{len(less)} types{lost}; the best other by the mean is {other} ({mean[other]:.3f}).')
 
 # %% ../nbs/07_experiments.ipynb #954e8861
+def plot_panel(
+    ax, # Axes of matplotlib
+    data:str, # One of `data_sets`, the title
+    results:dict, # Of Table 3, by row
+    order:list, # Rows to show, from below
+):
+    "AUC of one data set: published (hollow) and here (filled), with the band of real cells"
+    said = published[data_sets[data].paper]
+    at = {k: [r['cells']['auc_genes'] for r in rs] for k,rs in results.items()}
+    for i,k in enumerate(order):
+        if k in said: ax.plot(said[k][0], i, 'D', mfc='white', mec='black', ms=6, zorder=3)
+        if k not in at: continue
+        sd = np.std(at[k], ddof=1) if len(at[k])>1 else None
+        ax.errorbar(np.mean(at[k]), i, xerr=sd, fmt='s' if systems[k].ours else 'o', color='black', ms=6, zorder=2)
+    if 'positive' in results:
+        m,s = (np.mean([r['cells'][f] for r in results['positive']]) for f in ('auc_genes','auc_genes_sd'))
+        ax.axvspan(m-2*s, m+2*s, color='0.85', zorder=0)
+    ax.set(xlim=(0.4,1.03), xlabel='AUC, all genes (lower is better)', title=data)
+    ax.set_yticks(range(len(order)), [systems[k].title for k in order])
+    ax.grid(axis='x', color='0.9')
+
+# %% ../nbs/07_experiments.ipynb #226c0408
 def plot_claims(
     sets:dict, # Data set: results of Table 3, by row
 ): # Figure, a panel a data set
     "AUC by system: published (hollow) and here (filled), with the control's band"
     import matplotlib.pyplot as plt
-    order = [k for k in systems if k!='positive' and (any(k in r for r in sets.values()) or any(k in p for p in published.values()))][::-1]
-    fig,axs = plt.subplots(1, len(sets), figsize=(1.8+3.1*len(sets),0.6+0.3*len(order)), sharey=True, squeeze=False)
-    for ax,(data,results) in zip(axs[0], sets.items()):
-        said = published[data_sets[data].paper]
-        at = {k: [r['cells']['auc_genes'] for r in results[k]] for k in results}
-        for i,k in enumerate(order):
-            if k in said: ax.plot(said[k][0], i, 'D', mfc='white', mec='black', ms=6, zorder=3)
-            if k in at: ax.errorbar(np.mean(at[k]), i, xerr=np.std(at[k], ddof=1) if len(at[k])>1 else None, fmt='s' if systems[k].ours else 'o', color='black', ms=6, zorder=2)
-        if 'positive' in results:
-            m,s = (np.mean([r['cells'][f] for r in results['positive']]) for f in ('auc_genes','auc_genes_sd'))
-            ax.axvspan(m-2*s, m+2*s, color='0.85', zorder=0)
-        ax.set(xlim=(0.4,1.03), yticks=range(len(order)), yticklabels=[systems[k].title for k in order], xlabel='AUC, all genes (lower is better)', title=f'{data}')
-        ax.grid(axis='x', color='0.9')
-    marks = [plt.Line2D([], [], ls='', marker=m, mfc=f, mec='black', label=l) for m,f,l in (('D','white','published'),('o','black','here'),('s','black','here, this library'))]
-    fig.legend(handles=[*marks, plt.Rectangle((0,0), 1, 1, color='0.85', label='real cells')], ncols=4, loc='upper center', bbox_to_anchor=(0.5,0), fontsize=8, frameon=False)
+    known = set().union(*sets.values(), *published.values())-{'positive'}
+    order = [k for k in systems if k in known][::-1]
+    size = 1.8+3.1*len(sets),0.6+0.3*len(order)
+    fig,axs = plt.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
+    for ax,(data,results) in zip(axs[0], sets.items()): plot_panel(ax, data, results, order)
+    def mark(m, face, label): return plt.Line2D([], [], ls='', marker=m, mfc=face, mec='black', label=label)
+    marks = [mark('D', 'white', 'published'), mark('o', 'black', 'here'), mark('s', 'black', 'here, this library')]
+    band = plt.Rectangle((0,0), 1, 1, color='0.85', label='real cells')
+    fig.legend(handles=[*marks,band], ncols=4, loc='upper center', bbox_to_anchor=(0.5,0), fontsize=8, frameon=False)
     fig.tight_layout()
     return fig
 
@@ -135,11 +186,14 @@ def describe_claims(
     sets:dict, # Data set: results of Table 3, by row
 )->str: # Alternative text of the figure
     "What `plot_claims` shows, in words"
+    def point(k, rs, said):
+        text = f"{rs[0]['system']} {np.mean([r['cells']['auc_genes'] for r in rs]):.2f}"
+        return text + (f' (published {said[k][0]:.2f})' if k in said else '')
     def one(data, results):
         said = published[data_sets[data].paper]
-        text = [f'{rs[0]["system"]} {np.mean([r["cells"]["auc_genes"] for r in rs]):.2f}' + (f' (published {said[k][0]:.2f})' if k in said else '') for k,rs in results.items()]
-        return f'{data}, {data_sets[data].about}: {", ".join(text)}.'
-    return 'AUC of a forest that tells generated from real cells, by system; 0.5 is perfect. ' + ' '.join(one(*kv) for kv in sets.items())
+        return f"{data}, {data_sets[data].about}: {', '.join(point(k, rs, said) for k,rs in results.items())}."
+    start = 'AUC of a forest that distinguishes synthetic from real cells, by system; 0.5 is perfect.'
+    return ' '.join([start, *(one(*kv) for kv in sets.items())])
 
 # %% ../nbs/07_experiments.ipynb #6d4f1648
 def best_results(
@@ -148,11 +202,9 @@ def best_results(
     among:tuple=('full','laptop','small','quick'), # Presets, the first that has results is taken
 )->dict: # Data set: its preset, and results by row
     "For every data set the results of the largest preset that has any"
-    found = {}
-    for data in data_sets:
-        have = [(p,r) for p in among if (r := results_of(table, p, data, folder))]
-        if have: found[data] = have[0]
-    return found
+    every = {data: {p: results_of(table, p, data, folder) for p in among} for data in data_sets}
+    found = {data: next(((p,r) for p,r in of.items() if r), None) for data,of in every.items()}
+    return {data: v for data,v in found.items() if v}
 
 # %% ../nbs/07_experiments.ipynb #e5c8438e
 def caption(
@@ -162,5 +214,10 @@ def caption(
     "The cells, the sizes and the seeds behind a table"
     r = next(iter(results.values()))[0]
     seeds = sorted({x['seed'] for rs in results.values() for x in rs})
-    return (f"`{r['data']}` ({r['about']}), preset `{preset}`: {r['n_train']:,} training and {r['n_test']:,} test cells, {r['n_genes']:,} genes, {r['n_labels']} types or clusters, forests of {r['n_trees']:,} trees, seeds {', '.join(map(str, seeds))}."
-            + (' This preset shows that everything runs; it says nothing about quality.' if preset=='quick' else ' This preset says which row is better, not how good any is.' if preset=='small' else ''))
+    cells = f"{r['n_train']:,} training and {r['n_test']:,} test cells, {r['n_genes']:,} genes"
+    judged = f"forests of {r['n_trees']:,} trees, seeds {', '.join(map(str, seeds))}"
+    limits = dict(
+        quick=' This preset shows that everything runs; it says nothing about quality.',
+        small=' This preset says which row is better, not how good any is.')
+    labels = f"{r['n_labels']} types or clusters"
+    return f"`{r['data']}` ({r['about']}), preset `{preset}`: {cells}, {labels}, {judged}.{limits.get(preset, '')}"

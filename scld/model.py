@@ -28,7 +28,7 @@ from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_label
 from .pre_guidance import Denoiser
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
 from .saved import free_name,read_model,with_weights,write_cells,write_model
-from .settings import defaults,in_ranges,pick_device,read_settings,sampling,training
+from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
 from .stages import kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
@@ -286,11 +286,18 @@ def _refuse_unready(self:SCLD, keep=1.):
     why = "training was stopped before the scorer or it was saved without"
     raise RuntimeError(f"this model has no scorer, since {why}: keep must be 1")
 
+# %% ../nbs/05a_model.ipynb #62d911ed
 @patch
 def _read_request(self:SCLD, n):
-    "A checked request; labels that were too small to be kept are named as such"
+    "A checked request"
     few = self.settings['min_label'] if self.unnamed else 0
-    return read_request(n, self.categories, self.small, few)
+    request = read_request(n, self.categories, self.small, few)
+    if isinstance(request, dict) or not self.unnamed: return request
+    share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
+    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
+    under = "as large a share of the synthetic cells carries the names of labels they are most like"
+    warnings.warn(f"{lost}; {under}", stacklevel=3)
+    return request
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
 @patch
@@ -324,17 +331,6 @@ def _anndata(self:SCLD, how, start, X, z, score, label):
         uns[f'{self.labels}_colors'] = [self.colors[k] for k in self.categories]
     return AnnData(X, obs=obs, var=self.var.copy(), obsm={} if z is None else {'X_scld': z}, uns=uns)
 
-# %% ../nbs/05a_model.ipynb #4c510fdf
-@patch
-def _say_unnamed(self:SCLD):
-    "Warn that cells of labels too small to be kept come under other names"
-    if not self.unnamed: return
-    share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
-    few = self.settings['min_label']
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
-    under = "as large a share of the synthetic cells carries the names of labels they are most like"
-    warnings.warn(f"{lost}; {under}", stacklevel=3)
-
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
@@ -351,20 +347,19 @@ def sample(self:SCLD,
 )->AnnData|Path: # Counts in `X` (CSR), labels in `obs`, latents in `obsm`, provenance in `uns["scld"]`; or `out`
     "Make new cells, of all types or of given labels, by equation (13)"
     out = None if out is None else free_name(out)
-    how = in_ranges(sampling, guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor, batch_size=batch_size)
-    at_once = how.pop('batch_size')
+    how = in_ranges(sampling, guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor)
+    at_once = in_range('batch_size', batch_size, sampling['batch_size'])
     self._refuse_unready(keep)
     request = self._read_request(n)
-    by_label = isinstance(request, dict)
-    if not by_label: self._say_unnamed()
     cond = conditions(request, self.categories, self._sizes(), seed, holistic=guidance==-1)
-    blocks,seen = Blocks(cond, (seed,0), part),Recognition(self.net.labeller, self.label_table)
+    blocks = Blocks(cond, (seed,0), part)
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
-    cells = seen.watch(cells, floor if by_label else 0., heard=guidance>=0)
-    done = partial(self._anndata, dict(how, n=json.dumps(request), part='{}/{}'.format(*part)), blocks.start)
-    if out is None: return done(*join(cells))
+    least = floor if isinstance(request, dict) else 0.
+    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, heard=guidance>=0)
+    how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))
+    if out is None: return self._anndata(how, blocks.start, *join(cells))
     shape = len(blocks),len(self.genes),len(self.net.scale.mean)
-    return write_cells(out, cells, shape, partial(done, None, None))
+    return write_cells(out, cells, shape, partial(self._anndata, how, blocks.start, None, None))
 
 # %% ../nbs/05a_model.ipynb #7ec038cd
 @patch

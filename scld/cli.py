@@ -92,8 +92,8 @@ def keep_genes(
 @program.command
 def split(
     data:str, # Counts to share out
-    out:str='cells', # Folder for `train.h5ad` and `test.h5ad`; must be new or empty
-    test:float=0.2, # Share of the cells to set aside
+    out:str='cells', # Folder for `train.h5ad` and `held.h5ad`; must be new or empty
+    held:float=0.2, # Share of the cells to set aside
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` whose types are to be as common in both parts
     groups:str=None, # Column of `obs`, such as the donor, no group of which is to be in both parts
@@ -103,17 +103,17 @@ def split(
     seed:int=0, # Same seed, same cells
 ):
     "Set cells aside to judge by, which the model will not see"
-    if not 0<test<1: raise ValueError(f"--test {test} must be a share between 0 and 1")
+    if not 0<held<1: raise ValueError(f"--held {held} must be a share between 0 and 1")
     out = free_name(out, folder=True)
     from scld.files import read_counts
     from scld.labels import read_labels,split as deal
     from scld.storage import whole_folder,write_h5ad
     cells = keep_genes(read_counts(data, layer, round_counts, drop_empty), min_cells, drop_empty)
     label,group = (read_labels(cells, c) if c else None for c in (labels,groups))
-    rows = deal(cells.n_obs if label is None else label, (1-test,test), seed, group)
+    rows = deal(cells.n_obs if label is None else label, (1-held,held), seed, group)
     with whole_folder(out) as tmp:
-        for name,i in zip(('train','test'), rows): write_h5ad(cells[i], tmp/f'{name}.h5ad', compression='gzip')
-    for name in ('train','test'): print(out/f'{name}.h5ad')
+        for name,i in zip(('train','held'), rows): write_h5ad(cells[i], tmp/f'{name}.h5ad', compression='gzip')
+    for name in ('train','held'): print(out/f'{name}.h5ad')
 
 # %% ../nbs/08_cli.ipynb #2f4b0e96
 _of_runs = re.compile(r'(autoencoder|diffusion|scorer)\.safetensors(\.part)?|\.scld-\w+\.part')

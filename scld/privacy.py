@@ -174,15 +174,23 @@ def _read_one(a, name, labels, layer, round_counts):
         out = read_counts(a, layer, round_counts, drop_empty=True)
         if labels: out.obs[labels] = np.asarray(read_labels(out, labels, few=0), str)
     if out.n_obs<10:
-        raise ValueError(f"{name} has {out.n_obs} cells; at least 10 are needed, and some hundreds to conclude anything")
+        raise ValueError(f"{name} has {out.n_obs} cells; at least 10 are needed, "
+                         "and some hundreds to conclude anything")
     empty = a.n_obs-out.n_obs
     return out,[f"{empty:,} of {a.n_obs:,} cells of {name} have no counts and are left out."]*(empty>0)
 
 # %% ../nbs/06a_privacy.ipynb #7beb7c64
+def _drawn(a):
+    "Does a set, an AnnData or a file, say that a model drew its cells?"
+    if not isinstance(a, (str,Path)): return 'scld' in getattr(a, 'uns', ())
+    if Path(a).suffix!='.h5ad': return False
+    import h5py
+    with h5py.File(a) as f: return 'scld' in f.get('uns', ())
+
 def _synth_among(sets):
     "Sentences on real sets that hold cells of a model"
     return [f"{name} holds synthetic cells (its uns has 'scld'); the order of the sets is held, synth, train."
-            for name,a in sets.items() if name!='synth' and 'scld' in a.uns]
+            for name,a in sets.items() if name!='synth' and _drawn(a)]
 
 # %% ../nbs/06a_privacy.ipynb #86294df5
 def _layers(opened, layer):
@@ -201,11 +209,11 @@ def read_sets(
     "Sets of cells, read and checked"
     read,said = {},[]
     with _all_open(sets) as opened:
+        said += _synth_among(sets)
         for name,own in _layers(opened, layer).items():
             if own!=layer and name!='synth': said.append(f"{name} has no layer {layer!r}; its X is taken.")
             read[name],more = _read_one(opened[name], name, labels, own, round_counts)
             said += more
-    said += _synth_among(read)
     genes = next(iter(read.values())).var_names
     return {name: align_genes(a, genes, name) for name,a in read.items()},said
 
@@ -220,7 +228,8 @@ def overlap(
     twins = sum(n for n in seen.values() if n>1)
     if k*train.shape[0]<=2*twins*len(keys): return []
     if k==len(keys):
-        raise ValueError(f"all {k:,} held-out cells are training cells; take real cells that the generator has not seen")
+        raise ValueError(f"all {k:,} held-out cells are training cells; "
+                         "take real cells that the generator has not seen")
     return [f"{k:,} of {len(keys):,} held-out cells equal a training cell, so they were not held out; "
             "leave them out of one of the two sets."]
 

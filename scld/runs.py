@@ -271,7 +271,7 @@ def run_system(
     "One row with one seed: train (or take the model just trained), sample, judge"
     s,p = systems[system] if isinstance(system, str) else system,presets[preset]
     model,took = trained(s.model, json.dumps(s.settings), data, preset, seed)
-    settings = dict(model.settings if s.model=='SCLD' else vars(model.cfg))
+    settings = json.loads(json.dumps(model.settings if s.model=='SCLD' else vars(model.cfg)))
     if s.model in p.steps: settings['steps'] = p.steps[s.model]
     how = dict(model=s.model, settings=settings, by_label=s.by_label, keep=s.keep)
     judged = judge_system(s, model, data, preset, seed)
@@ -336,7 +336,7 @@ ablations = {
     'plain-latent': _change('no noise on latents', noise=0.),
     'no-prior': _change('no prior on the decoder', prior=0.),
     'all-genes': _change('encoder reads all genes', reads='log'),
-    'holistic': _ours('types left to the model', 'default', types=False)}
+    'holistic': _ours('kinds left to the model', 'default', types=False)}
 tables = dict(table3=systems, table4=networks4, ablation=ablations)
 
 # %% ../nbs/06i_runs.ipynb #69669221

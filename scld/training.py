@@ -155,6 +155,13 @@ def finish(self:_Run):
     history.looks = self.best.looks if self.best else []
     return history
 
+@patch
+def stop(self:_Run, asked):
+    "Finish before the end, on the signals `asked`; Ctrl-C goes on to the caller"
+    self.finish()
+    why = f'{self.desc} was stopped after step {len(self.history)} of {self.steps}'
+    if signal.SIGINT in asked: raise KeyboardInterrupt(why)
+
 # %% ../nbs/00d_training.ipynb #950372cc
 class Checkpoint:
     "One run of `fit` on disk: a single safetensors file, replaced in one move"
@@ -265,9 +272,7 @@ def fit(
             ended = step+1==steps
             if validate and ((step+1)%every==0 or ended): ended = run.best.look(model) or ended
             if checkpoint and (ended or asked or (step+1)%checkpoint.every==0): checkpoint.write(*run.pack(ended))
-            if asked: run.finish()
-            why = f'{run.desc} was stopped after step {step+1} of {steps}'
-            if signal.SIGINT in asked: raise KeyboardInterrupt(why)
+            if asked: run.stop(asked)
             give_way()
             if ended and step+1<steps: break
     return run.finish()

@@ -95,6 +95,8 @@ def run_notebook(path, only, limit):
     from nbdev.process import NBProcessor
     sys.path.insert(0, str(ROOT))
     os.environ['IN_TEST'] = '1'
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored where this runs in the background
+    if hasattr(signal, 'SIGHUP'): signal.signal(signal.SIGHUP, signal.SIG_DFL)   # ignored under nohup
     flags = set(get_config().tst_flags.split())
     def runs(c): return c.cell_type=='code' and not flags & c.directives_.keys() and 'nbdev_export(' not in c.source
     nb = NBProcessor(path, rm_directives=False).nb

@@ -10,6 +10,7 @@ __all__ = ['toy_cells', 'pbmc68k_reduced', 'find_data', 'native', 'compressed', 
 
 # %% ../nbs/00_data.ipynb #516e2692
 import math,os,warnings
+from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData
@@ -471,3 +472,11 @@ def top_genes(
     "The most variable genes, by dispersion among genes of similar mean"
     if n_top_genes<1: raise ValueError(f"n_top_genes={n_top_genes} must be at least 1")
     return adata[:,variable_genes(adata.X, n_top_genes)].copy()
+
+# %% ../nbs/00_data.ipynb #edfde5fd
+_further_on = dict(read_counts='files', read_labels='labels', cluster='labels', split='labels')
+
+def __getattr__(name):
+    "A name of a later room"
+    if name not in _further_on: raise AttributeError(f"module 'scld.data' has no name {name!r}")
+    return getattr(import_module(f'scld.{_further_on[name]}'), name)

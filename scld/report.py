@@ -133,7 +133,7 @@ def _not_given(sets, labels):
     out,columns = [],_like_labels(sets)
     if 'train' not in sets:
         out.append(f"No training cells given: half of the {sets['held'].n_obs} held-out cells are compared and the "
-                   "other half is the floor. So tests have less power than with training cells, and copies of these "
+                   "other half is the control. So tests have less power than with training cells, and copies of these "
                    "cannot be found.")
     if not labels and columns:
         out.append("No labels given: types are not compared, although all sets have "
@@ -182,7 +182,7 @@ def _on_types(sets, types, labels):
 # %% ../nbs/06d_report.ipynb #557db8e1
 @dataclass(repr=False, eq=False)
 class Report:
-    "Metrics of synthetic cells beside floor, chance and nulls, and the cells behind them"
+    "Metrics of synthetic cells beside control, chance and nulls, and the cells behind them"
     metrics:dict # For each metric `synth`, `control`, `n`, `p`, `low`, `high`, `differs`, `nearer`, `nulls`
     types:pd.DataFrame # A row for each label; empty without labels
     privacy:dict # What `audit` returned; empty without training cells
@@ -228,7 +228,7 @@ def _steps(todo, progress):
 
 # %% ../nbs/06d_report.ipynb #09c3af51
 def _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress):
-    "The tests, the floor, what ruined cells score, the table of types"
+    "The tests, the control, what ruined cells score, the table of types"
     held,few = cells['held'],min(n_trees, 30)
     ruined = _nulls(cells['train'], labels, seed) if nulls else {}
     todo = {'synth': lambda: _tests(sets, cells, labels, n_trees, n_perm, seed),
@@ -253,7 +253,7 @@ def _beside(found, scores, control, ruined, n, seed):
 def evaluate(
     held:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
     synth:AnnData|str|Path, # Synthetic cells; an AnnData or the path of a file
-    train:AnnData|str|Path|None=None, # Real cells it has learnt from; absent: halves of `held` are the floor, no audit
+    train:AnnData|str|Path|None=None, # Real cells it has learnt from; absent: halves of `held` are the control, no audit
     labels:str|None=None, # Column of `obs` with the labels
     n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 30
     n_cells:int=1500, # At most this many cells of each set
@@ -264,7 +264,7 @@ def evaluate(
     round_counts:bool=False, # Round values to whole numbers first?
     progress:bool=True, # Show a bar on stderr?
 )->Report: # Tables, figures, HTML
-    "How well synthetic cells pass for real ones, beside floor, chance and nulls"
+    "How well synthetic cells pass for real ones, beside control, chance and nulls"
     sets = dict(held=held, synth=synth) if train is None else dict(held=held, synth=synth, train=train)
     sets,said = read_sets(sets, labels, layer, round_counts)
     if train is not None: said += overlap(sets['held'].X, sets['train'].X)

@@ -74,11 +74,14 @@ join_two = "adata.obs['both'] = adata.obs['a'].astype(str)+' | '+adata.obs['b'].
 
 def meant(
     name:str, # A setting that does not exist
+    value=None, # What was given for it
 )->str: # Begins with a semicolon, or is empty
     "What somebody who writes `name` may be looking for"
     one = f"; labels is one column: join two, {join_two}"
     genes = "; choose genes beforehand: scld.data.top_genes(adata, 2000)"
-    other = dict(batch_key=one, batch=one, covariates=one, conditions=one, n_top_genes=genes, n_hvg=genes)
+    config = f"; did you mean config={value!r}?"
+    other = dict(
+        batch_key=one, batch=one, covariates=one, conditions=one, n_top_genes=genes, n_hvg=genes, preset=config)
     near = closest(name, defaults, 0.6)
     return other.get(name) or (f"; did you mean {near!r}?" if near else '')
 
@@ -90,8 +93,8 @@ def read_settings(
     "Checked settings; `TypeError` for a name that does not exist, `ValueError` for a value out of range"
     given = given or {}
     if config not in configs: raise ValueError(f"no config {config!r}; choose from {list(configs)}")
-    for k in given:
-        if k not in defaults: raise TypeError(f"no setting {k!r}{meant(k)}; the settings are {list(defaults)}")
+    for k,v in given.items():
+        if k not in defaults: raise TypeError(f"no setting {k!r}{meant(k, v)}; the settings are {list(defaults)}")
     squared = dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}
     s = {**defaults, **configs[config], **squared, **given}
     for k,known in choices.items():

@@ -378,7 +378,7 @@ def _warn_odd(library, totals, top):
     mean,sd = library.mean(),library.std()
     large = f"the largest count is {top:,.0f}; float32 holds whole numbers exactly up to 16,777,216"
     detected = (f"all values are 0 or 1, where counts would hold about {twos:,.0f} of 2 and more: this looks like what "
-        "was detected, not like counts, and synth cells will hold larger numbers; pass the counts")
+        "was detected, not like counts, and synthetic cells will hold larger numbers; pass the counts")
     level = (f"library sizes lie between {library.min():,.0f} and {library.max():,.0f}, closer together than chance "
         "leaves counts: values seem scaled to one total and rounded; pass the counts as they were before")
     if top>1e6: warnings.warn(large, stacklevel=5)

@@ -257,14 +257,15 @@ def train(self:SCLD,
         raise RuntimeError("a loaded model has no training cells; make a new SCLD(adata) to train again")
     steps = self.settings['steps'] if steps is None else steps
     run = in_ranges(training, steps=steps, batch_size=batch_size, seed=seed)
-    self.settings = dict(self.settings, steps=run['steps'])
+    settings = dict(self.settings, steps=run['steps'])
     device,(rank,size) = pick_device(device),processes()
-    about = dict(self.settings, **self.training.mark(), **run, processes=size)
+    about = dict(settings, **self.training.mark(), **run, processes=size)
     kept = kept_stages(checkpoint, resume, about)
     how = dict(seed=run['seed'], progress=progress and rank==0, threads=self.settings['threads'])
     n = stage_steps(run['steps'], len(self.training), batch_size)
     busy = f"another process is training into {checkpoint}; choose another folder"
     with alone(None if rank else checkpoint, busy), steady(self.settings['threads']):
+        self.settings = settings
         self._start_anew(seed, device)
         self._fit_autoencoder(n['autoencoder'], batch_size=batch_size, checkpoint=kept('autoencoder'), **how)
         self._fit_diffusion(n['diffusion'], batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), **how)
@@ -290,14 +291,17 @@ def _refuse_unready(self:SCLD, keep=1.):
 @patch
 def _read_request(self:SCLD, n):
     "A checked request"
-    few = self.settings['min_label'] if self.unnamed else 0
-    request = read_request(n, self.categories, self.small, few)
-    if isinstance(request, dict) or not self.unnamed: return request
+    return read_request(n, self.categories, self.small, self.settings['min_label'] if self.unnamed else 0)
+
+# %% ../nbs/05a_model.ipynb #83026b92
+@patch
+def _say_unnamed(self:SCLD, request):
+    "Warn that labels were too small to be named, where cells of all types are asked for"
+    if isinstance(request, dict) or not self.unnamed: return
     share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={few} cells"
+    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={self.settings['min_label']} cells"
     under = "as large a share of the synthetic cells carries the names of labels they are most like"
     warnings.warn(f"{lost}; {under}", stacklevel=3)
-    return request
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
 @patch
@@ -354,6 +358,7 @@ def sample(self:SCLD,
     cond = conditions(request, self.categories, self._sizes(), seed, holistic=guidance==-1)
     blocks = Blocks(cond, (seed,0), part)
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
+    self._say_unnamed(request)
     least = floor if isinstance(request, dict) else 0.
     cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, heard=guidance>=0)
     how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))

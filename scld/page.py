@@ -363,7 +363,7 @@ def _panel_or_why(report, name):
 
 # %% ../nbs/06c_page.ipynb #d7e3dea3
 def _found(report):
-    "Is anything beyond chance, or any training cell among the synth ones?"
+    "Is anything beyond chance, or any training cell among the synthetic ones?"
     differ = any(m['differs'] for m in report['metrics'].values())
     return differ or any(m['caught'] or m.get('cells', 0)>0 for m in report['privacy'].values())
 

@@ -109,7 +109,7 @@ class Program:
         name:str, # What it is called
         version:str, # What `--version` says
         bounds:dict={}, # Lowest and highest value of an option, by its name
-        resume:dict={}, # What to say when a command was interrupted, by its name
+        resume:dict={}, # What to add when a command was interrupted, by its name: a function of its arguments
         translate=str, # Turns the words of a library into those of a command line
     ):
         self.name,self.version = name,version
@@ -144,7 +144,12 @@ def arguments(self:Program,
     parser.allow_abbrev = False
     def refuse(message): raise ValueError(f'{message}; {self.name} {name} --help lists the options')
     parser.error = refuse
-    args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
+    places = [a.dest for a in parser._actions if not a.option_strings]
+    for k,nth in zip(places, ('first','second','third','fourth')):
+        right = f"{k} is the {nth} argument, as in {self.name} {name} {' '.join(places)}"
+        if any(a.split('=')[0]==f'--{k}' for a in argv): refuse(f'--{k} is no option: {right}')
+    parse = parser.parse_args if '--' in argv else parser.parse_intermixed_args   # names after -- may begin with a dash
+    args = {k: v for k,v in vars(parse(argv)).items() if k not in ('pdb','xtra')}
     for k,(low,high) in self.bounds.items():
         if args.get(k) is not None and not low<=args[k]<=high:
             raise ValueError(f"--{k} {args[k]} must be from {low:,} to {high:,}")
@@ -158,6 +163,7 @@ def answer(self:Program,
 )->int: # Exit status
     "Do what is asked for"
     argv,debug = [a for a in argv if a!='--debug'],'--debug' in argv
+    args = None
     try:
         with short_warnings(lambda text: self.say(f'warning: {text}')):
             if not argv or argv[0] in ('-h','--help'): status = print(self.help())
@@ -170,7 +176,8 @@ def answer(self:Program,
     except SystemExit as e: return e.code or 0   # --help of a command
     except (Exception,KeyboardInterrupt) as e:
         if debug: traceback.print_exc()
-        self.say(error_line(e, self.resume.get(argv[0], '') if argv else ''))
+        more = self.resume[argv[0]](**args) if args is not None and argv[0] in self.resume else ''
+        self.say(error_line(e, more))
         if came or isinstance(e, KeyboardInterrupt): return 128+(came or [signal.SIGINT])[0]
         return 2
 

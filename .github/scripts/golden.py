@@ -1,6 +1,6 @@
 """Make the golden model of this release: a small trained model in `nbs/golden/VERSION`, with what it must give back.
 
-`05b_promises` loads every folder there. Run this once a release, after the last change to the model, and never again for
+`08a_promises` loads every folder there. Run this once a release, after the last change to the model, and never again for
 that version: later releases must read what this one wrote.
 """
 import hashlib, json, shutil

@@ -253,7 +253,7 @@ def _beside(found, scores, control, ruined, n, seed):
 def evaluate(
     held:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
     synth:AnnData|str|Path, # Synthetic cells; an AnnData or the path of a file
-    train:AnnData|str|Path|None=None, # Real cells it has learnt from; absent: halves of `held` are the control, no audit
+    train:AnnData|str|Path|None=None, # Real cells it learnt from; absent: halves of `held` are the control, no audit
     labels:str|None=None, # Column of `obs` with the labels
     n_trees:int=100, # Trees of a forest; 1,000 for the published protocol. Nulls and types use at most 30
     n_cells:int=1500, # At most this many cells of each set

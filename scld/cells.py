@@ -147,6 +147,16 @@ def counts(self:TrainingCells,
     "Cells as a dense tensor"
     return torch.from_numpy(self.X[np.asarray(rows)].toarray()).to(device)
 
+# %% ../nbs/04d_cells.ipynb #1e628c86
+@patch
+def labelled(self:TrainingCells,
+    rows, # Row numbers, shape (n,)
+    device='cpu', # Where the tensors are to be
+)->tuple: # Counts, shape (n, n_genes), and number of each label, K for none, shape (n,)
+    "Cells as a dense tensor, with their labels"
+    rows = np.asarray(rows)
+    return self.counts(rows, device),torch.from_numpy(self.code[rows]).to(device)
+
 # %% ../nbs/04d_cells.ipynb #a0be95c1
 @patch
 def held(self:TrainingCells,
@@ -166,10 +176,11 @@ def held_loss(self:TrainingCells,
     device='cpu', # Where the network is
 ): # Function of a network with a `bound`, such as an autoencoder, to its mean loss on these cells
     "The loss that says when to stop"
-    X,n = self.X[held],len(held)
+    X,label = self.X[held],torch.from_numpy(self.code[held])
+    def part(i): return torch.from_numpy(X[i:i+250].toarray()).to(device),label[i:i+250].to(device)
     def validate(net):
-        parts = (torch.from_numpy(X[i:i+250].toarray()).to(device) for i in range(0, n, 250))
-        with seeded(seed): return sum(len(p)*net.bound(p).item() for p in parts)/n
+        parts = map(part, range(0, len(held), 250))
+        with seeded(seed): return sum(len(x)*net.bound(x, k).item() for x,k in parts)/len(held)
     return validate
 
 # %% ../nbs/04d_cells.ipynb #c2720b6d
@@ -191,10 +202,10 @@ def sample(self:TrainingCells,
     seed:int=0, # Same seed, same cells
     at_most:int=20_000, # Cells to look at; all where there are no more
     device='cpu', # Where the tensors are to be
-): # Iterable of counts, shape (n, n_genes), at most 500 cells each
-    "Blocks of counts of some cells, in the order of their rows"
+): # Iterable of counts, shape (n, n_genes), and labels, shape (n,), at most 500 cells each
+    "Blocks of some cells with their labels, in the order of their rows"
     if len(rows)>at_most: rows = np.sort(np.random.default_rng(seed).choice(rows, at_most, replace=False))
-    return (self.counts(i, device) for i in np.array_split(rows, -(-len(rows)//500)))
+    return (self.labelled(i, device) for i in np.array_split(rows, -(-len(rows)//500)))
 
 # %% ../nbs/04d_cells.ipynb #39dc49ef
 @patch

@@ -89,21 +89,23 @@ def _copy(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
 class _Best:
     "The weights with the lowest held-out loss so far"
-    def __init__(self, validate, patience):
-        self.validate,self.patience = validate,patience
+    def __init__(self, validate, patience, free=0):
+        store_attr('validate,patience,free')   # The first `free` looks do not count
         self.looks,self.weights = [],{}
     @torch.no_grad()
     def look(self, model):
         "True when there was nothing better for `patience` looks"
         self.looks.append(float(self.validate(model.eval())))
-        best = int(np.argmin(np.nan_to_num(self.looks, nan=np.inf)))
-        if best==len(self.looks)-1: self.weights = _copy(model)
-        return len(self.looks)-1-best>=self.patience
+        counted = np.nan_to_num(self.looks[self.free:], nan=np.inf)
+        if not len(counted): return False
+        best = int(np.argmin(counted))
+        if best==len(counted)-1: self.weights = _copy(model)
+        return len(counted)-1-best>=self.patience
 
 # %% ../nbs/00d_training.ipynb #7898be9d
 class _Run:
     "What changes while `fit` runs"
-    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None):
+    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0):
         store_attr('model,steps,ema,before_step')
         self.desc,self.history = desc or 'training',[]
         self.good = 0,_copy(model)
@@ -113,7 +115,7 @@ class _Run:
         self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, peaks, total_steps=max(steps, 2))
         decay = 1-1/max(ema*steps, 1)
         self.avg = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if ema else None
-        self.best = _Best(validate, patience) if validate else None
+        self.best = _Best(validate, patience, free) if validate else None
 
 # %% ../nbs/00d_training.ipynb #fde665de
 @patch
@@ -249,15 +251,17 @@ def fit(
     validate=None, # Function of the model to a held-out loss: the best weights stay, and the run may end early
     every:int=50, # Steps between two looks at `validate`
     patience:int=6, # Looks without a lower loss after which training ends
+    looks_from:float=0., # Share of the run before which looks do not count
     seed:int=0, # Same seed and number of threads, same weights
     threads:int=1, # Threads that each operation on the CPU may use; small networks are fastest on one
     desc:str='', # Name on the progress bar
     progress:bool=True, # Show a bar on stderr?
     checkpoint:Checkpoint|None=None, # Where to keep the run; it goes on from what is there
+    at=None, # Function that is called with the share of the run that is done, before each loss
     before_step=None, # Function that is called with the optimiser when gradients are there, before each step
 )->History: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
-    run = _Run(model, steps, lr, ema, validate, patience, desc, before_step)
+    run = _Run(model, steps, lr, ema, validate, patience, desc, before_step, int(looks_from*steps)//every)
     saved = checkpoint.read() if checkpoint else None
     start = run.unpack(*saved) if saved else 0
     take = n.batches if hasattr(n, 'batches') else partial(batches, n)
@@ -266,6 +270,7 @@ def fit(
     with torch_threads(threads), held_signals(1) as (give_way,asked):
         for step,idx in enumerate(bar, start):
             model.train()
+            if at: at(step/steps)
             with seeded(seed, step): value = loss(idx)
             run.step(value)
             if step%50==0: bar.set_postfix(loss=f'{np.mean(run.history[-50:]):.4g}', refresh=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['likelihoods', 'features', 'lognorm_tensor', 'SquaredError', 'nb_log_prob', 'Poisson', 'NegativeBinomial', 'LogCounts',
-           'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'Standardize']
+           'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'weight_penalty', 'add_pull']
 
 # %% ../nbs/01_autoencoder.ipynb #56865f7e
 import numpy as np, torch, torch.nn.functional as F
@@ -93,6 +93,7 @@ def draw(self:Poisson,
 # %% ../nbs/01_autoencoder.ipynb #aba3c9bb
 class NegativeBinomial(Poisson):
     "Counts with mean softmax(h)·library and an inverse dispersion per gene and cell, equations (A3) and (A5)"
+    own = 1. # How far a cell's own dispersions are heard, from 0 to 1
     def __init__(self,
         n_genes:int, # Number of genes
         log_phi:float=3., # Log inverse dispersion to start from
@@ -106,7 +107,9 @@ class NegativeBinomial(Poisson):
         library:torch.Tensor, # Library sizes, shape (n, 1), in counts
     )->torch.Tensor: # log φ, shape (n, n_genes)
         "How little each gene scatters in each cell, equation (A5)"
-        return (self.log_phi+self.slope*(library/1000).log()+h[:,self.n_genes:]).clamp(-8, 8)
+        of_gene = self.log_phi+self.slope*(library/1000).log()
+        if self.own: of_gene = of_gene.add(h[:,self.n_genes:], alpha=self.own)
+        return of_gene.clamp(-8, 8)
 
 # %% ../nbs/01_autoencoder.ipynb #30b356dd
 @patch
@@ -211,16 +214,19 @@ class Autoencoder(nn.Module):
         n_genes:int, # Number of genes
         n_latent:int=24, # Size of the latent
         n_hidden:int=256, # Width between the two layers
-        dropout:float=0.1, # Share of hidden units dropped while training
+        dropout:float=0., # Share of hidden units dropped while training
         likelihood:str='nb', # `nb` or `poisson` (counts), or `mse` (the paper's)
         noise:float|None=None, # Standard deviation of the noise on latents; learnt if absent, 0 for the paper's latent
         reads:str='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (the paper's)
-        prior:float=0.05, # Standard deviation expected of the last layer's weights, equation (A10); 0 for no prior
+        prior:float=0.03, # Scale expected of the last layer's weights, equations (A13) and (A14); 0 for no prior
+        tails:float|None=1., # Degrees of freedom of the Student t prior (A14); None for the Gaussian (A13)
+        n_labels:int=0, # Number of labels that have a place of their own among the latents; 0 for one place for all
+        label_sd:float=3., # Standard deviation expected of these places, equation (A12)
     ):
         super().__init__()
         for what,v,known in (('likelihood',likelihood,likelihoods), ('features',reads,features)):
             if v not in known: raise ValueError(f"no {what} {v!r}; choose from {list(known)}")
-        store_attr('noise,prior,n_latent')
+        store_attr('noise,prior,tails,label_sd,n_latent')
         self.likelihood = likelihoods[likelihood](n_genes)
         self.features = features[reads](n_genes, n_latent)
         def two(ni, no):
@@ -228,25 +234,37 @@ class Autoencoder(nn.Module):
                                  nn.Dropout(dropout), nn.Linear(n_hidden, no))
         self.encoder = two(self.features.n_out, n_latent if noise is not None else 2*n_latent)
         self.decoder = two(n_latent, self.likelihood.n_out)
+        self.centres = nn.Parameter(torch.zeros(n_labels, n_latent)) if n_labels and noise!=0 else None
         self.n_cells = torch.inf   # known to training alone
+
+# %% ../nbs/01_autoencoder.ipynb #a1d68d45
+@patch
+def centre(self:Autoencoder,
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,); `n_labels` or no tensor: no label
+)->torch.Tensor|float: # The label's place, shape (n, n_latent), or 0
+    "$m_k$: the middle of the prior of each cell's latent"
+    if label is None or self.centres is None: return 0.
+    return F.embedding(label, F.pad(self.centres, (0,0,0,1)))
 
 # %% ../nbs/01_autoencoder.ipynb #48a2f0de
 @patch
 def posterior(self:Autoencoder,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->tuple: # Latents and the standard deviation of their noise, shape (n, n_latent) each
-    "Where the latent of each cell is, and how uncertain; equation (3) and the posterior of (A9)"
+    "Where the latent of each cell is, and how uncertain; equations (3) and (A11)"
     f = self.features(counts)
     z,*log_s = self.encoder(f).split(self.n_latent, dim=1)
     s = log_s[0].exp() if log_s else torch.full_like(z, self.noise)
-    return z+self.features.start(f),s
+    return z+self.features.start(f)+s**2*self.centre(label),s
 
 @patch
 def encode(self:Autoencoder,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->torch.Tensor: # Latents, shape (n, n_latent)
     "*Round*: the latent of each cell, equation (3)"
-    return self.posterior(counts)[0]
+    return self.posterior(counts, label)[0]
 
 # %% ../nbs/01_autoencoder.ipynb #d1d66973
 @patch
@@ -289,71 +307,136 @@ def start_at(self:Autoencoder,
 def latent_kl(
     z:torch.Tensor, # Latents, shape (n, n_latent)
     s:torch.Tensor, # Standard deviation of their noise, shape of `z`, above 0
+    m:torch.Tensor|float=0., # Middle of the prior, broadcasts with `z`
 )->torch.Tensor: # KL divergence of each cell, shape (n,), in nats
-    "KL(N(z, s²) || N(0, I)), the penalty of equation (A9)"
-    return 0.5*(z**2+s**2-1-2*s.log()).sum(1)
+    "KL(N(z, s²) || N(m, I)), the penalty of equation (A9)"
+    return 0.5*((z-m)**2+s**2-1-2*s.log()).sum(1)
+
+# %% ../nbs/01_autoencoder.ipynb #c73d139e
+def _slices(*of):
+    "Rows of equal tensors, a few at a time on a CPU, so that what is computed from them stays in its cache"
+    return zip(*(t.split(256 if t.device.type=='cpu' else len(t)) for t in of))
+
+def weight_penalty(
+    w:torch.Tensor, # Weights, one row a gene
+    scale:float, # ρ; 0 for no prior
+    tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
+)->torch.Tensor: # Scalar, in nats, 0 if all weights are 0
+    "Minus log prior density of weights, equations (A13) and (A14)"
+    if not scale: return w.new_zeros(())
+    if tails is None: return w.square().sum()/(2*scale**2)
+    one = w.new_ones(())
+    return sum(torch.addcmul(one, x, x, value=1/(tails*scale**2)).log().sum() for x, in _slices(w))*(tails+1)/2
+
+def add_pull(
+    to:torch.Tensor, # Gradient of `w`, changed in place
+    w:torch.Tensor, # Weights, one row a gene
+    g:float, # Factor
+    scale:float, # ρ; 0 for no prior
+    tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
+):
+    "Add `g` times the gradient of `weight_penalty`"
+    if not scale: return
+    if tails is None: to.add_(w, alpha=g/scale**2)
+    else:
+        for out,x in _slices(to, w): out.addcdiv_(x, x*x+tails*scale**2, value=g*(tails+1))
+
+# %% ../nbs/01_autoencoder.ipynb #0512a0e9
+class _LastLayer(torch.autograd.Function):
+    "The first `n` outputs of a linear layer, and minus the log prior of their weights; their gradients meet in one pass"
+    @staticmethod
+    def forward(ctx, x, w, b, n, scale, tails):
+        ctx.save_for_backward(x, w)
+        ctx.prior = n,scale,tails
+        return F.linear(x, w[:n], b[:n]),weight_penalty(w[:n], scale, tails)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_h, g_penalty):
+        (x,w),(n,*prior) = ctx.saved_tensors,ctx.prior
+        g_w = torch.empty_like(w)
+        torch.mm(g_h.T, x, out=g_w[:n])
+        g_w[n:] = 0
+        add_pull(g_w[:n], w[:n], g_penalty.item(), *prior)
+        return g_h@w[:n],g_w,F.pad(g_h.sum(0), (0,len(w)-n)),None,None,None
+
+@patch
+def n_heard(self:Autoencoder)->int: # Number of rows of the decoder's last layer
+    "How many outputs the likelihood hears: all, or the means alone while a cell's own dispersions are not heard"
+    return self.likelihood.n_genes if getattr(self.likelihood, 'own', 1.)==0 else self.likelihood.n_out
+
+@patch
+def heard(self:Autoencoder,
+    z:torch.Tensor, # Latents, shape (n, n_latent)
+    scale:float=0., # ρ of the last layer's weights; 0 for no prior
+)->tuple: # Decoder output, shape (n, n_heard), and minus log prior density of the weights behind it
+    "The outputs that the likelihood hears, and what their weights cost"
+    last = self.decoder[-1]
+    return _LastLayer.apply(self.decoder[:-1](z), last.weight, last.bias, self.n_heard(), scale, self.tails)
 
 # %% ../nbs/01_autoencoder.ipynb #d6516af3
+def _bound(m, counts, label, scale=0.):
+    "The bound, and minus log prior density of the last layer's weights"
+    z,s = m.posterior(counts, label)
+    h,penalty = m.heard(z+s*torch.randn_like(z), scale)
+    nll = m.likelihood.nll(h, counts)
+    return (nll if m.noise==0 else nll+latent_kl(z, s, m.centre(label))).mean(),penalty
+
 @patch
 def bound(self:Autoencoder,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->torch.Tensor: # Scalar, in nats a cell (counts) or mean squared error (`mse`)
     "How badly cells are explained, equations (6) and (A9)"
-    z,s = self.posterior(counts)
-    nll = self.likelihood.nll(self.decoder(z+s*torch.randn_like(z)), counts)
-    return (nll if self.noise==0 else nll+latent_kl(z, s)).mean()
+    return _bound(self, counts, label)[0]
 
 # %% ../nbs/01_autoencoder.ipynb #bc7b583e
 @patch
 def loss(self:Autoencoder,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->torch.Tensor: # Scalar, in nats a cell
-    "What training minimises: (A9) and the share of each cell in (A10)"
-    bound = self.bound(counts)
-    if not self.prior: return bound
-    return bound+self.decoder[-1].weight.square().sum()/(2*self.prior**2*self.n_cells)
+    "What training minimises: (A9), and the share of each cell in what is expected of places (A12) and weights (A14)"
+    bound,penalty = _bound(self, counts, label, self.prior)
+    if self.centres is not None: penalty = penalty+self.centres.square().sum()/(2*self.label_sd**2)
+    return bound+penalty/self.n_cells
 
 # %% ../nbs/01_autoencoder.ipynb #187b49dc
 @patch
 def param_groups(self:Autoencoder,
     lr:float, # Learning rate of the weights
 )->list: # Groups for the optimiser
-    "Weights at `lr`; dispersions at ten times `lr`, without decay"
+    "Weights at `lr`; dispersions and the places of labels at ten times `lr`, without decay"
     fast = list(self.likelihood.parameters())
+    if self.centres is not None: fast.append(self.centres)
     slow = [*self.encoder.parameters(),*self.decoder.parameters()]
     groups = [dict(params=slow, lr=lr)]
     if fast: groups.append(dict(params=fast, lr=10*lr, weight_decay=0.))
     return groups
 
+# %% ../nbs/01_autoencoder.ipynb #17a83f58
+@patch
+def at(self:Autoencoder,
+    done:float, # Share of the training steps that are done
+    after:float=0.6, # Share of the steps in which means are learnt alone; 0 for none
+    over:float=0.1, # Share of the steps over which a cell's own dispersions come in
+):
+    "Let the negative binomial hear a cell's own dispersions late in training, the number of (A5)"
+    if hasattr(self.likelihood, 'own'): self.likelihood.own = min(max((done-after)/over, 0.), 1.) if after else 1.
+
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b
 @patch
 @torch.no_grad()
 def calibrate(self:Autoencoder,
-    batches, # Function without arguments that yields batches of counts, shape (n, n_genes)
+    batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,), or None
     rounds:int=3, # Passes over the batches
 )->Autoencoder: # Itself
-    "Shift the last bias until expected totals are the observed ones, equation (A11)"
+    "Shift the last bias until expected totals are the observed ones, equation (A15)"
     for _ in range(rounds):
         seen = expected = 0
-        for x in batches():
-            z,s = self.posterior(x)
+        for b in batches():
+            x,label = b if isinstance(b, tuple) else (b,None)
+            z,s = self.posterior(x, label)
             mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
             seen,expected = seen+x.sum(0),expected+mean.sum(0)
         self.decoder[-1].bias[:len(seen)] += ((seen+1)/(expected+1)).log()
     return self
-
-# %% ../nbs/01_autoencoder.ipynb #bcc40c63
-class Standardize(nn.Module):
-    "Zero mean and unit variance per dimension, and back"
-    def __init__(self,
-        n:int, # Number of dimensions
-    ):
-        super().__init__()
-        self.register_buffer('mean', torch.zeros(n))
-        self.register_buffer('std', torch.ones(n))
-    def fit(self, z):
-        self.mean = z.mean(0)
-        self.std = z.std(0)+1e-6
-        return self
-    def forward(self, z): return (z-self.mean)/self.std
-    def inverse(self, z): return z*self.std+self.mean

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from scipy import sparse
 from torch import nn
 from . import __version__
-from .autoencoder import Autoencoder,Standardize
+from .autoencoder import Autoencoder
 from .cells import TrainingCells,in_order,too_small
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
@@ -27,6 +27,7 @@ from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_label
     recognised_real)
 from .pre_guidance import Denoiser
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
+from .scale import Standardize
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
 from .stages import kept_stages,plot_losses,record,stage_steps

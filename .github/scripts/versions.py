@@ -13,7 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ('00_data','01_autoencoder','05a_model','06d_report','tutorials/quickstart')
+QUICK = ('00_data','01_autoencoder','05a_model','06k_report','tutorials/quickstart')
 EXTRAS = ('requirements','dist_requirements','zarr_requirements')
 TOOLS = ('nbdev','execnb','ghapi','build','diffusers','hypothesis','loompy','pot','dask') # what the tests need besides
 

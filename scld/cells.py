@@ -117,15 +117,14 @@ def named(self:TrainingCells)->np.ndarray: # True or False for each cell, shape 
 
 # %% ../nbs/04d_cells.ipynb #03187223
 @patch
-def facts(self:TrainingCells)->dict: # Labels, genes, a table of labels and the range of library sizes, in plain values
+def facts(self:TrainingCells)->dict: # Labels, genes, and a table of labels, in plain values
     "All that a model keeps of its cells beside its weights"
     label = pd.Categorical.from_codes(self.code[self.named], self.categories)
     table = library_model(self.library[self.named], label)
-    library = np.asarray(self.library, np.float32)[self.named]
     return dict(
         labels=self.labels, categories=self.categories, colors=self.colors, genes=self.genes,
         var={k: list(v) for k,v in self.var.items()}, label_table={k: v.tolist() for k,v in table.items()},
-        unnamed=self.unnamed, library=[float(library.min()), float(library.max())])
+        unnamed=self.unnamed)
 
 # %% ../nbs/04d_cells.ipynb #91c5ce30
 @patch

@@ -343,7 +343,7 @@ def add_pull(
 
 # %% ../nbs/01_autoencoder.ipynb #0512a0e9
 class _LastLayer(torch.autograd.Function):
-    "The first `n` outputs of a linear layer, and minus the log prior of their weights; their gradients meet in one pass"
+    "The first `n` outputs of a linear layer, and minus the log prior of their weights; both gradients in one pass"
     @staticmethod
     def forward(ctx, x, w, b, n, scale, tails):
         ctx.save_for_backward(x, w)

@@ -334,8 +334,16 @@ ablations = {
     'mse': _change('squared error', likelihood='mse', noise=0., prior=0.),
     'poisson': _change('Poisson counts', likelihood='poisson'),
     'plain-latent': _change('no noise on latents', noise=0.),
+    'one-place': _change('one place for all labels', label_sd=0.),
     'no-prior': _change('no prior on the decoder', prior=0.),
+    'gaussian': _change('Gaussian prior on the decoder', tails=None),
+    'scatter-first': _change('scatter from the first step', scatter_from=0.),
     'all-genes': _change('encoder reads all genes', reads='log'),
+    'no-bends': _change('latents heard as they are', bends=0),
+    'means': _change('labels heard as means', condition='mean'),
+    'plain-rows': _change('batches as they come', rows='plain'),
+    'uniform-times': _change('diffusion steps drawn evenly', times='uniform'),
+    'log-depth': _change('logarithms of library sizes', depth='log'),
     'holistic': _ours('kinds left to the model', 'default', types=False)}
 tables = dict(table3=systems, table4=networks4, ablation=ablations)
 

@@ -238,5 +238,5 @@ def caption(
         small=' This preset says which row is better, not how good any is.')
     labels = f"{r['n_labels']} types or clusters"
     old = earlier(preset, results)
-    before = f" Made by an earlier version, with a model of other settings: {', '.join(old)}." if old else ''
+    before = f" Made by an earlier version, with a model of other settings: {'; '.join(old)}." if old else ''
     return f"`{r['data']}` ({r['about']}), preset `{preset}`: {cells}, {labels}, {judged}.{limits.get(preset, '')}{before}"

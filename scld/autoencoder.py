@@ -63,7 +63,7 @@ class Poisson(nn.Module):
 # %% ../nbs/01_autoencoder.ipynb #2a3df003
 def _nonzero(counts):
     "Where the counts above zero stand in the flattened matrix, and in which rows"
-    i = counts.flatten().nonzero()[:,0]
+    i = counts.bool().flatten().nonzero()[:,0]   # quicker than on numbers
     return i,i//counts.shape[1]
 
 def _row_sums(v, row, n): return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)

@@ -433,8 +433,7 @@ def calibrate(self:Autoencoder,
     "Shift the last bias until expected totals are the observed ones, equation (A15)"
     for _ in range(rounds):
         seen = expected = 0
-        for b in batches():
-            x,label = b if isinstance(b, tuple) else (b,None)
+        for x,label in batches():
             z,s = self.posterior(x, label)
             mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
             seen,expected = seen+x.sum(0),expected+mean.sum(0)

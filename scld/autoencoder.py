@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['likelihoods', 'features', 'lognorm_tensor', 'SquaredError', 'nb_log_prob', 'Poisson', 'NegativeBinomial', 'LogCounts',
-           'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'weight_penalty']
+           'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'latent_kl', 'weight_penalty', 'add_pull']
 
 # %% ../nbs/01_autoencoder.ipynb #56865f7e
 import numpy as np, torch, torch.nn.functional as F
@@ -63,7 +63,7 @@ class Poisson(nn.Module):
 # %% ../nbs/01_autoencoder.ipynb #2a3df003
 def _nonzero(counts):
     "Where the counts above zero stand in the flattened matrix, and in which rows"
-    i = counts.flatten().nonzero()[:,0]
+    i = counts.bool().flatten().nonzero()[:,0]   # quicker than on numbers
     return i,i//counts.shape[1]
 
 def _row_sums(v, row, n): return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)
@@ -108,7 +108,8 @@ class NegativeBinomial(Poisson):
     )->torch.Tensor: # log φ, shape (n, n_genes)
         "How little each gene scatters in each cell, equation (A5)"
         of_gene = self.log_phi+self.slope*(library/1000).log()
-        return (of_gene+self.own*h[:,self.n_genes:] if self.own else of_gene).clamp(-8, 8)
+        if self.own: of_gene = of_gene.add(h[:,self.n_genes:], alpha=self.own)
+        return of_gene.clamp(-8, 8)
 
 # %% ../nbs/01_autoencoder.ipynb #30b356dd
 @patch
@@ -283,21 +284,6 @@ def draw(self:Autoencoder,
     "New counts of a latent"
     return self.likelihood.draw(self.decoder(z), library, rng)
 
-# %% ../nbs/01_autoencoder.ipynb #9f357e4a
-@patch
-def n_heard(self:Autoencoder)->int: # Number of rows of the decoder's last layer
-    "How many outputs the likelihood hears: all, or the means alone while a cell's own dispersions are not heard"
-    return self.likelihood.n_genes if getattr(self.likelihood, 'own', 1.)==0 else self.likelihood.n_out
-
-@patch
-def heard(self:Autoencoder,
-    z:torch.Tensor, # Latents, shape (n, n_latent)
-)->torch.Tensor: # Decoder output, shape (n, n_heard)
-    "The outputs that the likelihood hears"
-    last,n = self.decoder[-1],self.n_heard()
-    if n==len(last.weight): return self.decoder(z)
-    return F.linear(self.decoder[:-1](z), last.weight[:n], last.bias[:n])
-
 # %% ../nbs/01_autoencoder.ipynb #46d12224
 @patch
 @torch.no_grad()
@@ -326,45 +312,82 @@ def latent_kl(
     "KL(N(z, s²) || N(m, I)), the penalty of equation (A9)"
     return 0.5*((z-m)**2+s**2-1-2*s.log()).sum(1)
 
+# %% ../nbs/01_autoencoder.ipynb #c73d139e
+def _slices(*of):
+    "Rows of equal tensors, a few at a time on a CPU, so that what is computed from them stays in its cache"
+    return zip(*(t.split(256 if t.device.type=='cpu' else len(t)) for t in of))
+
+def weight_penalty(
+    w:torch.Tensor, # Weights, one row a gene
+    scale:float, # ρ; 0 for no prior
+    tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
+)->torch.Tensor: # Scalar, in nats, 0 if all weights are 0
+    "Minus log prior density of weights, equations (A13) and (A14)"
+    if not scale: return w.new_zeros(())
+    if tails is None: return w.square().sum()/(2*scale**2)
+    one = w.new_ones(())
+    return sum(torch.addcmul(one, x, x, value=1/(tails*scale**2)).log().sum() for x, in _slices(w))*(tails+1)/2
+
+def add_pull(
+    to:torch.Tensor, # Gradient of `w`, changed in place
+    w:torch.Tensor, # Weights, one row a gene
+    g:float, # Factor
+    scale:float, # ρ; 0 for no prior
+    tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
+):
+    "Add `g` times the gradient of `weight_penalty`"
+    if not scale: return
+    if tails is None: to.add_(w, alpha=g/scale**2)
+    else:
+        for out,x in _slices(to, w): out.addcdiv_(x, x*x+tails*scale**2, value=g*(tails+1))
+
+# %% ../nbs/01_autoencoder.ipynb #0512a0e9
+class _LastLayer(torch.autograd.Function):
+    "The first `n` outputs of a linear layer, and minus the log prior of their weights; both gradients in one pass"
+    @staticmethod
+    def forward(ctx, x, w, b, n, scale, tails):
+        ctx.save_for_backward(x, w)
+        ctx.prior = n,scale,tails
+        return F.linear(x, w[:n], b[:n]),weight_penalty(w[:n], scale, tails)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_h, g_penalty):
+        (x,w),(n,*prior) = ctx.saved_tensors,ctx.prior
+        g_w = torch.empty_like(w)
+        torch.mm(g_h.T, x, out=g_w[:n])
+        g_w[n:] = 0
+        add_pull(g_w[:n], w[:n], g_penalty.item(), *prior)
+        return g_h@w[:n],g_w,F.pad(g_h.sum(0), (0,len(w)-n)),None,None,None
+
+@patch
+def n_heard(self:Autoencoder)->int: # Number of rows of the decoder's last layer
+    "How many outputs the likelihood hears: all, or the means alone while a cell's own dispersions are not heard"
+    return self.likelihood.n_genes if getattr(self.likelihood, 'own', 1.)==0 else self.likelihood.n_out
+
+@patch
+def heard(self:Autoencoder,
+    z:torch.Tensor, # Latents, shape (n, n_latent)
+    scale:float=0., # ρ of the last layer's weights; 0 for no prior
+)->tuple: # Decoder output, shape (n, n_heard), and minus log prior density of the weights behind it
+    "The outputs that the likelihood hears, and what their weights cost"
+    last = self.decoder[-1]
+    return _LastLayer.apply(self.decoder[:-1](z), last.weight, last.bias, self.n_heard(), scale, self.tails)
+
 # %% ../nbs/01_autoencoder.ipynb #d6516af3
+def _bound(m, counts, label, scale=0.):
+    "The bound, and minus log prior density of the last layer's weights"
+    z,s = m.posterior(counts, label)
+    h,penalty = m.heard(z+s*torch.randn_like(z), scale)
+    nll = m.likelihood.nll(h, counts)
+    return (nll if m.noise==0 else nll+latent_kl(z, s, m.centre(label))).mean(),penalty
+
 @patch
 def bound(self:Autoencoder,
     counts:torch.Tensor, # Counts, shape (n, n_genes)
     label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->torch.Tensor: # Scalar, in nats a cell (counts) or mean squared error (`mse`)
     "How badly cells are explained, equations (6) and (A9)"
-    z,s = self.posterior(counts, label)
-    nll = self.likelihood.nll(self.heard(z+s*torch.randn_like(z)), counts)
-    return (nll if self.noise==0 else nll+latent_kl(z, s, self.centre(label))).mean()
-
-# %% ../nbs/01_autoencoder.ipynb #c73d139e
-class _StudentT(torch.autograd.Function):
-    "Sum and gradient of (A14) in one pass, some rows at a time, so that nothing leaves the processor's cache"
-    @staticmethod
-    def forward(ctx, w, scale, tails, n):
-        slope,one = torch.empty_like(w),w.new_ones(())
-        slope[n:] = total = 0
-        step = 256 if w.device.type=='cpu' else n
-        for x,out in zip(w[:n].split(step), slope[:n].split(step)):
-            torch.addcmul(one, x, x, value=1/(tails*scale**2), out=out)   # 1+w²/(ζρ²)
-            total = total+out.log().sum()
-            torch.div(x, out, out=out)
-        ctx.save_for_backward(slope)
-        ctx.factor = (tails+1)/(tails*scale**2)
-        return total*(tails+1)/2
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return ctx.saved_tensors[0]*(g*ctx.factor),None,None,None
-
-def weight_penalty(
-    w:torch.Tensor, # Weights, one row a gene
-    scale:float, # ρ, above 0
-    tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
-    n:int|None=None, # Number of rows that count; all if absent
-)->torch.Tensor: # Scalar, in nats, 0 if all weights are 0
-    "Minus log prior density of weights, equations (A13) and (A14)"
-    if tails is None: return w[:n].square().sum()/(2*scale**2)
-    return _StudentT.apply(w, scale, tails, n or len(w))
+    return _bound(self, counts, label)[0]
 
 # %% ../nbs/01_autoencoder.ipynb #bc7b583e
 @patch
@@ -373,10 +396,9 @@ def loss(self:Autoencoder,
     label:torch.Tensor|None=None, # Number of each cell's label, shape (n,)
 )->torch.Tensor: # Scalar, in nats a cell
     "What training minimises: (A9), and the share of each cell in what is expected of places (A12) and weights (A14)"
-    penalty = 0.
-    if self.prior: penalty = weight_penalty(self.decoder[-1].weight, self.prior, self.tails, self.n_heard())
+    bound,penalty = _bound(self, counts, label, self.prior)
     if self.centres is not None: penalty = penalty+self.centres.square().sum()/(2*self.label_sd**2)
-    return self.bound(counts, label)+penalty/self.n_cells
+    return bound+penalty/self.n_cells
 
 # %% ../nbs/01_autoencoder.ipynb #187b49dc
 @patch
@@ -411,8 +433,7 @@ def calibrate(self:Autoencoder,
     "Shift the last bias until expected totals are the observed ones, equation (A15)"
     for _ in range(rounds):
         seen = expected = 0
-        for b in batches():
-            x,label = b if isinstance(b, tuple) else (b,None)
+        for x,label in batches():
             z,s = self.posterior(x, label)
             mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
             seen,expected = seen+x.sum(0),expected+mean.sum(0)

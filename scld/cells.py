@@ -117,15 +117,14 @@ def named(self:TrainingCells)->np.ndarray: # True or False for each cell, shape 
 
 # %% ../nbs/04d_cells.ipynb #03187223
 @patch
-def facts(self:TrainingCells)->dict: # Labels, genes, a table of labels and the range of library sizes, in plain values
+def facts(self:TrainingCells)->dict: # Labels, genes, and a table of labels, in plain values
     "All that a model keeps of its cells beside its weights"
     label = pd.Categorical.from_codes(self.code[self.named], self.categories)
     table = library_model(self.library[self.named], label)
-    library = np.asarray(self.library, np.float32)[self.named]
     return dict(
         labels=self.labels, categories=self.categories, colors=self.colors, genes=self.genes,
         var={k: list(v) for k,v in self.var.items()}, label_table={k: v.tolist() for k,v in table.items()},
-        unnamed=self.unnamed, library=[float(library.min()), float(library.max())])
+        unnamed=self.unnamed)
 
 # %% ../nbs/04d_cells.ipynb #91c5ce30
 @patch
@@ -147,6 +146,16 @@ def counts(self:TrainingCells,
     "Cells as a dense tensor"
     return torch.from_numpy(self.X[np.asarray(rows)].toarray()).to(device)
 
+# %% ../nbs/04d_cells.ipynb #1e628c86
+@patch
+def labelled(self:TrainingCells,
+    rows, # Row numbers, shape (n,)
+    device='cpu', # Where the tensors are to be
+)->tuple: # Counts, shape (n, n_genes), and number of each label, K for none, shape (n,)
+    "Cells as a dense tensor, with their labels"
+    rows = np.asarray(rows)
+    return self.counts(rows, device),torch.from_numpy(self.code[rows]).to(device)
+
 # %% ../nbs/04d_cells.ipynb #a0be95c1
 @patch
 def held(self:TrainingCells,
@@ -166,10 +175,11 @@ def held_loss(self:TrainingCells,
     device='cpu', # Where the network is
 ): # Function of a network with a `bound`, such as an autoencoder, to its mean loss on these cells
     "The loss that says when to stop"
-    X,n = self.X[held],len(held)
+    X,label = self.X[held],torch.from_numpy(self.code[held])
+    def part(i): return torch.from_numpy(X[i:i+250].toarray()).to(device),label[i:i+250].to(device)
     def validate(net):
-        parts = (torch.from_numpy(X[i:i+250].toarray()).to(device) for i in range(0, n, 250))
-        with seeded(seed): return sum(len(p)*net.bound(p).item() for p in parts)/n
+        parts = map(part, range(0, len(held), 250))
+        with seeded(seed): return sum(len(x)*net.bound(x, k).item() for x,k in parts)/len(held)
     return validate
 
 # %% ../nbs/04d_cells.ipynb #c2720b6d
@@ -191,10 +201,10 @@ def sample(self:TrainingCells,
     seed:int=0, # Same seed, same cells
     at_most:int=20_000, # Cells to look at; all where there are no more
     device='cpu', # Where the tensors are to be
-): # Iterable of counts, shape (n, n_genes), at most 500 cells each
-    "Blocks of counts of some cells, in the order of their rows"
+): # Iterable of counts, shape (n, n_genes), and labels, shape (n,), at most 500 cells each
+    "Blocks of some cells with their labels, in the order of their rows"
     if len(rows)>at_most: rows = np.sort(np.random.default_rng(seed).choice(rows, at_most, replace=False))
-    return (self.counts(i, device) for i in np.array_split(rows, -(-len(rows)//500)))
+    return (self.labelled(i, device) for i in np.array_split(rows, -(-len(rows)//500)))
 
 # %% ../nbs/04d_cells.ipynb #39dc49ef
 @patch

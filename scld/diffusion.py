@@ -169,7 +169,7 @@ def noise_loss(self:NoiseSchedule,
     zt = self.q_sample(z0, t, noise)
     return ((model(zt, t, cond)-self.target(z0, t, noise))**2).mean()
 
-# %% ../nbs/03_diffusion.ipynb #e45be45f
+# %% ../nbs/03_diffusion.ipynb #f1c94334
 @patch
 def snr_weights(self:NoiseSchedule,
     centre:float=0.3, # Mean of λ, in nats
@@ -180,7 +180,7 @@ def snr_weights(self:NoiseSchedule,
     width = torch.gradient(-lam)[0]
     return (width.log()-(lam-centre)**2/(2*spread**2)).softmax(0)
 
-# %% ../nbs/03_diffusion.ipynb #03739855
+# %% ../nbs/03_diffusion.ipynb #3af843ba
 def draw_rows(
     weights:torch.Tensor, # Weight of each row, 0 or above, shape (n_rows,)
     n:int, # Number of draws
@@ -190,7 +190,7 @@ def draw_rows(
     u = torch.rand(n, dtype=torch.float64, device=weights.device)*upto[-1]
     return torch.searchsorted(upto, u, right=True).clamp(max=len(weights)-1)
 
-# %% ../nbs/03_diffusion.ipynb #7b851cc3
+# %% ../nbs/03_diffusion.ipynb #50bc3f86
 @patch
 def draw_steps(self:NoiseSchedule,
     n:int, # Number of steps to draw

@@ -25,9 +25,9 @@ from .dist import fit,processes,wait
 from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
-from .pre_guidance import Denoiser
+from .pre_guidance import Denoiser,draw_evenly,even_weights
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
-from .scale import Standardize
+from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
 from .stages import kept_stages,plot_losses,record,stage_steps
@@ -36,7 +36,7 @@ from .training import seeded,steady
 from .unet import UNet
 
 # %% ../nbs/05a_model.ipynb #3f8214a3
-FACTS = 'labels','categories','colors','genes','unnamed','library' # What a model knows of its cells beside two tables
+FACTS = 'labels','categories','colors','genes','unnamed' # What a model knows of its cells beside two tables
 
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, draws new cells"
@@ -72,12 +72,13 @@ def _build(self:SCLD,
 ):
     "Make the networks, untrained"
     s,G = self.settings,len(self.genes)
-    n = s['n_latent']
-    ae = Autoencoder(G, n, s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior'])
-    unet = UNet(n+1, s['widths'], s['n_emb'], s['dropout'], s['backbone'], s['fusion'])
+    n,K = s['n_latent'],len(self.categories)
+    own = dict(tails=s['tails'], n_labels=K*(s['label_sd']>0), label_sd=s['label_sd'])
+    ae = Autoencoder(G, n, s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior'], **own)
+    unet = UNet(n+1, s['widths'], s['n_emb'], s['dropout'], s['backbone'], s['fusion'], s['bends'])
     self.net = nn.ModuleDict(dict(
-        ae=ae, scale=Standardize(n+1), denoiser=Denoiser(unet, means),
-        labeller=Labeller(G, len(self.categories)), scorer=Scorer(G)))
+        ae=ae, depth=depths[s['depth']](), scale=Standardize(n+1), denoiser=Denoiser(unet, means, s['condition']),
+        labeller=Labeller(G, K), scorer=Scorer(G)))
     self.net.eval()
 
 # %% ../nbs/05a_model.ipynb #e986c8cb
@@ -95,16 +96,19 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
-    ae,cells = self.net.ae,self.training
+    ae,cells,after = self.net.ae,self.training,self.settings['scatter_from']
     held = cells.held(self.settings['validation'], seed)
     source,rows = cells.batches(held)
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
-    ae.start_at(share, cells.sample(np.setdiff1d(named, held), seed, device=self.device), len(cells)-len(held))
-    def loss(i): return ae.loss(cells.counts(rows(i), self.device))
+    seen = (x for x,_ in cells.sample(np.setdiff1d(named, held), seed, device=self.device))
+    ae.start_at(share, seen, len(cells)-len(held))
+    def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
+    kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
+    ae.at(1.)
     self.history = record(self.history, 'autoencoder', losses)
     if self.settings['likelihood']=='mse': return
     with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
@@ -113,13 +117,12 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
 @patch
 @torch.no_grad()
 def _latents(self:SCLD)->tuple:
-    "Latents of all training cells with their log library size, and the deviations of their noise, (n, n_latent+1) each"
+    "Latents of all training cells with their scored library size, and the deviations of their noise, (n, n_latent+1) each"
     cells = self.training
     library = torch.from_numpy(cells.library).float().to(self.device)
     z,sd = torch.zeros(2, len(cells), self.settings['n_latent']+1, device=self.device)
-    z[:,-1] = library.log()
-    for i in torch.arange(len(z)).split(1024):
-        z[i,:-1],sd[i,:-1] = self.net.ae.posterior(cells.counts(i, self.device))
+    z[:,-1] = self.net.depth.fit(cells.library[cells.named]).forward(library)
+    for i in torch.arange(len(z)).split(1024): z[i,:-1],sd[i,:-1] = self.net.ae.posterior(*cells.labelled(i, self.device))
     return z,sd
 
 # %% ../nbs/05a_model.ipynb #7e0a41af
@@ -147,11 +150,14 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     z,sd = self._latents()
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
-    net,s = self.net,self.settings
-    sched,label = self.sched,torch.from_numpy(self.training.code).to(self.device)
+    net,s,sched = self.net,self.settings,self.sched
+    label = torch.from_numpy(self.training.code).to(self.device)
+    weights = even_weights(label, len(self.categories))
     def loss(i):
+        if s['rows']=='even': i = draw_evenly(i.to(self.device), weights, s['share'])
+        t = sched.draw_steps(len(i), device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
-        return net.denoiser.loss(sched, net.scale(noisy), label[i], s['share'])
+        return net.denoiser.loss(sched, net.scale(noisy), label[i], s['share'], t)
     try:
         losses = fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, seed=seed, desc='diffusion', **kw)
         self.history = record(self.history, 'diffusion', losses)
@@ -175,7 +181,7 @@ def _denoise_and_draw(self:SCLD,
     zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
-    library = raw[:,-1:].exp().clamp(*self.library)
+    library = self.net.depth.inverse(raw[:,-1:])
     try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e

@@ -92,7 +92,7 @@ def global_slot(
     "Give the first rows of a batch the global condition, Algorithm 1"
     return torch.where(torch.arange(len(label), device=label.device)<round(share*len(label)), n_labels, label)
 
-# %% ../nbs/04_pre_guidance.ipynb #7110d886
+# %% ../nbs/04_pre_guidance.ipynb #a70f1026
 def even_weights(
     label, # Label of each row, integers 0..K, shape (n,); K for a row without a label of its own
     n_labels:int, # K

@@ -68,7 +68,6 @@ fields = {
     'genes': lambda v, c: _is_names(v),
     'var': lambda v, c: all(_is_column(k) and _is_text(x) and len(x)==len(c['genes']) for k,x in v.items()),
     'unnamed': lambda v, c: isinstance(v, int) and _is_number(v, 0, 1e12),
-    'library': lambda v, c: _are_numbers(v, 2, 1e10) and 0<v[0]<=v[1],
     'scored': lambda v, c: isinstance(v, bool),
     'weights': lambda v, c: isinstance(v['sha256'], str),
     'label_table': lambda v, c: _is_table(v, len(c['categories']))}

@@ -9,6 +9,7 @@ __all__ = ['defaults', 'configs', 'ranges', 'choices', 'join_two', 'training', '
 # %% ../nbs/04b_settings.ipynb #cb3484c2
 import numpy as np, torch
 from .autoencoder import features,likelihoods
+from .scale import depths
 from .requests import closest
 from .unet import backbones,fusions
 
@@ -32,18 +33,26 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's), with which noise and prior are 0 unless given
+    likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's), with which noise and priors are 0 unless given
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
     reads='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (all genes; the paper's)
-    prior=0.05, # Standard deviation that weights of the decoder's last layer are expected to have; 0 for no expectation
-    drop_hidden=0.1, # Share of the autoencoder's hidden units dropped while training
+    prior=0.03, # Scale that weights of the decoder's last layer are expected to have; 0 for no expectation
+    tails=1., # How rare large weights are: degrees of freedom of Student's t; None for a Gaussian
+    label_sd=3., # Standard deviation that places of labels in the latent are expected to have; 0 for one place for all
+    scatter_from=0.6, # Share of the autoencoder's steps after which a cell's own dispersion is learnt; 0 from the first
+    drop_hidden=0., # Share of the autoencoder's hidden units dropped while training
     validation=0.1, # Share of the training cells, at most 1,000, that says when the autoencoder stops; 0 for none
     widths=(96,96), # Widths of the U-Net, outermost first
     n_emb=64, # Size of the embedding of step and condition
     dropout=0.1, # Share of units that the U-Net drops while training
     backbone='mlp', # Layers of the U-Net: `mlp` or `conv`
+    bends=8, # Curves through which the U-Net sees each latent; 0 for none (the paper's)
+    condition='contrast', # What it is told of a label: `contrast` with all cells, or `mean` expression (the paper's)
+    rows='even', # Labels of a batch: drawn more `even`ly, or `plain`, as they come (the paper's)
+    times='snr', # Diffusion steps of a batch: drawn by signal to noise (`snr`), or `uniform` (the paper's)
+    depth='scores', # Library sizes in the latent: normal `scores`, or their `log`arithm
     fusion='add', # How step and condition are heard: `add`, `cat` or `attention`
     predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
@@ -57,16 +66,19 @@ defaults = dict(
 configs = dict(
     default={},
     quick=dict(steps=600),
-    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., drop_hidden=0., validation=0.,
-               widths=(256,192,128), n_emb=128, steps=20_000))
+    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., label_sd=0., scatter_from=0.,
+               validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain', times='uniform',
+               depth='log', steps=20_000))
 
 # %% ../nbs/04b_settings.ipynb #8f9583b1
 ranges = dict(
-    n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.,None), prior=(0.,100.), drop_hidden=(0.,0.95),
-    validation=(0.,0.5), widths=[(1,65_536)], n_emb=(2,4096), dropout=(0.,0.95), T=(21,100_000), share=(0.,1.),
+    n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.,None), prior=(0.,100.), tails=(0.1,1e4,None),
+    label_sd=(0.,100.), scatter_from=(0.,0.9), bends=(0,64), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=[(1,65_536)], n_emb=(2,4096), dropout=(0.,0.95), T=(21,100_000), share=(0.,1.),
     min_label=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
 
-choices = dict(likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions, predict=('eps','v'))
+choices = dict(
+    likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions, predict=('eps','v'),
+    condition=('contrast','mean'), rows=('even','plain'), times=('snr','uniform'), depth=depths)
 
 # %% ../nbs/04b_settings.ipynb #3e53af0c
 # How to make one column of two
@@ -95,7 +107,7 @@ def read_settings(
     if config not in configs: raise ValueError(f"no config {config!r}; choose from {list(configs)}")
     for k,v in given.items():
         if k not in defaults: raise TypeError(f"no setting {k!r}{meant(k, v)}; the settings are {list(defaults)}")
-    squared = dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}
+    squared = dict(noise=0., prior=0., label_sd=0.) if given.get('likelihood')=='mse' else {}
     s = {**defaults, **configs[config], **squared, **given}
     for k,known in choices.items():
         if s[k] not in list(known): raise ValueError(f"no {k} {s[k]!r}; choose from {list(known)}")

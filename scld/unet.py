@@ -143,7 +143,7 @@ def bend(
 
 # %% ../nbs/02_unet.ipynb #bd100cc6
 class UNet(nn.Module):
-    "Residual U-Net that predicts the noise in `zt`, equation (U8)"
+    "Residual U-Net that predicts the noise in `zt`, equation (U9)"
     def __init__(self,
         n_latent:int, # Size of a latent
         widths:tuple=(96,96), # Width of each level, outermost first
@@ -178,7 +178,7 @@ def forward(self:UNet,
     t:torch.Tensor, # Step of each row, shape (n,); 0 is one step of noise
     cond:torch.Tensor|None=None, # Embedded condition of each row, shape (n, n_emb)
 )->torch.Tensor: # Predicted noise, shape of `zt`
-    "The noise that `zt` is thought to hold, equation (U8)"
+    "The noise that `zt` is thought to hold, equation (U9)"
     step = self.time(timestep_embedding(t, self.n_emb))         # (n, n_emb)
     if cond is None: cond = torch.zeros_like(step)
     tokens = torch.stack([step, cond], dim=1)                   # (n, 2, n_emb)

@@ -63,7 +63,7 @@ class Poisson(nn.Module):
 # %% ../nbs/01_autoencoder.ipynb #2a3df003
 def _nonzero(counts):
     "Where the counts above zero stand in the flattened matrix, and in which rows"
-    i = counts.flatten().nonzero()[:,0]
+    i = counts.bool().flatten().nonzero()[:,0]   # quicker than on numbers
     return i,i//counts.shape[1]
 
 def _row_sums(v, row, n): return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)
@@ -433,8 +433,7 @@ def calibrate(self:Autoencoder,
     "Shift the last bias until expected totals are the observed ones, equation (A15)"
     for _ in range(rounds):
         seen = expected = 0
-        for b in batches():
-            x,label = b if isinstance(b, tuple) else (b,None)
+        for x,label in batches():
             z,s = self.posterior(x, label)
             mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
             seen,expected = seen+x.sum(0),expected+mean.sum(0)

@@ -209,7 +209,7 @@ def exclusive_pairs(
     counts, # Counts of training cells, CSR or dense, shape (n, n_genes)
     n_pairs:int=300, # At most this many
     together:float=0.1, # Share of the expected cells with both that is still hardly ever
-    n_genes:int=500, # Most variable genes to look at
+    n_genes:int=1000, # Most variable genes to look at
 )->np.ndarray: # Columns of the two genes of each pair, shape (at most n_pairs, 2)
     "Pairs of genes that exclude each other"
     x,n = lognorm(counts),counts.shape[0]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['label_sides', 'shared_labels', 'fold_changes', 'largest_changes', 'fold_changes_kept', 'differing', 'recognise',
-           'label_means', 'contrast', 'differences_kept', 'clear_markers', 'marker_gaps', 'turns', 'chosen', 'by_types',
-           'over_turns', 'yardstick']
+           'label_means', 'log_odds', 'gaps', 'contrast', 'differences_kept', 'clear_markers', 'marker_gaps', 'turns',
+           'chosen', 'by_types', 'over_turns', 'yardstick']
 
 # %% ../nbs/06c_differences.ipynb #0ffb26a7
 import numpy as np
@@ -112,22 +112,24 @@ def recognise(
     n_top:int=500, # Genes to look at
     n_folds:int=5, # Parts of the training cells
     seed:int=0, # Same seed, same parts
-)->np.ndarray: # The label that each cell is most like, shape (m,)
-    "Labels of cells by their expression, from a classifier that has not seen them"
+)->tuple: # Names of the labels, sorted, and log-probability of each for each cell, shape (m, n_labels)
+    "How much cells are like each label by their expression, from a classifier that has not seen them"
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     label,rng = as_labels(label, train),np.random.default_rng(seed)
     fold,at = rng.permutation(len(label))%n_folds,exact_copies(train, cells)
     part = np.where(at<0, rng.permutation(len(at))%n_folds, fold[at])
-    x,y = lognorm(train),lognorm(cells)
-    out = np.empty(len(at), label.dtype)
+    x,y,every = lognorm(train),lognorm(cells),np.unique(label)
+    out = np.full((len(at),len(every)), -np.inf)
     for f in range(n_folds):
         learn,test = fold!=f,part==f
-        if not test.any(): continue
-        genes,K = differing(x[learn], label[learn], n_top),len(np.unique(label[learn]))
+        names,n = np.unique(label[learn], return_counts=True)
+        learn &= np.isin(label, names[n>1]) # One cell has no scatter
+        genes,K = differing(x[learn], label[learn], n_top),(n>1).sum()
         judge = LinearDiscriminantAnalysis('lsqr', shrinkage='auto', priors=np.full(K, 1/K))
         judge.fit(dense(x[learn][:,genes], 'the training set'), label[learn])
-        out[test] = judge.predict(dense(y[test][:,genes], 'the set'))
-    return out
+        column = np.isin(every, judge.classes_)
+        if test.any(): out[np.ix_(test, column)] = judge.predict_log_proba(dense(y[test][:,genes], 'the set'))
+    return every,out
 
 # %% ../nbs/06c_differences.ipynb #5e999391
 def label_means(
@@ -140,6 +142,28 @@ def label_means(
     one = np.stack([np.asarray(label, str)==k for k in labels], 1).astype(float)
     def means(s): return s@(one*values[:,None])/np.maximum(s@one, 1)
     return means(sides.astype(float)),means((~sides).astype(float))
+
+# %% ../nbs/06c_differences.ipynb #baca891b
+def log_odds(
+    names:np.ndarray, # Labels, sorted, shape (n_labels,)
+    odds:np.ndarray, # Log-probability of each, shape (n, n_labels)
+    label:np.ndarray, # Label of each cell, shape (n,)
+    most:float=10., # Limit, either way
+)->np.ndarray: # Above 0 where the cell is most like its label, shape (n,); the lower limit for a label without name
+    "Log-odds of the own label against the likeliest other"
+    own = label[:,None]==names
+    mine,other = (np.where(i, odds, -np.inf).max(1) for i in (own,~own))
+    return np.where(np.isfinite(mine), (mine-np.where(np.isfinite(mine), other, 0)).clip(-most, most), -most)
+
+# %% ../nbs/06c_differences.ipynb #35680724
+def gaps(
+    values:np.ndarray, # Figures of cells, shape (n+m, d)
+    sides:np.ndarray, # Which cells count as real, shape (B, n+m)
+)->np.ndarray: # Mean of the other side minus that of real cells, in standard errors, shape (B, d)
+    "Gaps between the means of both sides"
+    s = sides.astype(float)
+    n,m = (np.maximum(v.sum(1, keepdims=True), 1) for v in (s,1-s))
+    return ((1-s)@values/m-s@values/n)/((values.std(0)+1e-3)*np.sqrt(1/n+1/m))
 
 # %% ../nbs/06c_differences.ipynb #75a16c71
 def contrast(
@@ -197,12 +221,7 @@ def marker_gaps(
 )->dict: # Label: mean of the other side minus that of real cells, in standard errors, shape (B, n_top)
     "Gaps between the means of markers within their label"
     label,x = as_labels(label, x),sparse.csc_matrix(x)
-    def gaps(k, g):
-        s,v = sides[:,label==k].astype(float),x[:,g].toarray()[label==k]
-        n,m = s.sum(1, keepdims=True),(1-s).sum(1, keepdims=True)
-        real,other = s@v/np.maximum(n, 1),(1-s)@v/np.maximum(m, 1)
-        return (other-real)/((v.std(0)+1e-3)*np.sqrt(1/np.maximum(n, 1)+1/np.maximum(m, 1)))
-    return {k: gaps(k, g) for k,g in genes.items()}
+    return {k: gaps(x[:,g].toarray()[label==k], sides[:,label==k]) for k,g in genes.items()}
 
 # %% ../nbs/06c_differences.ipynb #2c48ee71
 def turns(
@@ -213,7 +232,8 @@ def turns(
     "Which cells may be judged by what was chosen on which"
     at = exact_copies(train, cells)
     half = np.random.default_rng(seed).permutation(train.shape[0])%2
-    return [(half==h,(at<0)|(half[at]!=h)) for h in (0,1)]
+    both = [(half==h,(at<0)|(half[at]!=h)) for h in (0,1)]
+    return both if (at>=0).mean()<=0.1 else both[:1]
 
 # %% ../nbs/06c_differences.ipynb #a4d5ff1e
 def chosen(
@@ -231,7 +251,7 @@ def by_types(
     by:dict, # Of `chosen`, with labels
     counts:sparse.csr_matrix, # Counts of both sets, shape (n+m, n_genes)
     label:np.ndarray, # Label of each cell, shape (n+m,)
-    right:np.ndarray, # Is each cell recognised as its label? Shape (n+m,)
+    odds:np.ndarray, # Of `log_odds`, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
     labels:list, # Labels to judge
 )->tuple: # Figures by name, each of shape (B,); label: dict of figures of the first row of `sides`
@@ -240,17 +260,18 @@ def by_types(
     if len(k)<2: return {},{}
     x = lognorm(counts)
     slope,correlation = fold_changes_kept(counts, label, sides, {t: by['changes'][t] for t in k})
-    real,other = label_means(right.astype(float), label, sides, k)
-    gaps = marker_gaps(x, label, sides, {t: by['markers'][t] for t in k})
+    real,other = label_means((odds>0).astype(float), label, sides, k)
+    far = np.max([abs(gaps(odds[label==t,None], sides[:,label==t])).max(1) for t in k], 0)
+    marks = marker_gaps(x, label, sides, {t: by['markers'][t] for t in k})
     parts = contrast(by['x'], by['label'], k)
     figures = {'fold changes kept': np.mean([*slope.values()], 0),
                'fold changes, correlation': np.mean([*correlation.values()], 0),
-               'recognised as asked': other.sum(1)/np.maximum(real.sum(1), 1e-12),
+               'recognised as asked': other.sum(1)/np.maximum(real.sum(1), 1e-12), 'farthest type': far,
                'differences kept': differences_kept(x, label, sides, k, *parts),
-               'farthest marker': np.max([abs(g).max(1) for g in gaps.values()], 0)}
+               'farthest marker': np.max([abs(g).max(1) for g in marks.values()], 0)}
     share = other[0]/np.where(real[0]>0, real[0], np.nan)
     def about(i, t):
-        gap = gaps[t][0]
+        gap = marks[t][0]
         far = abs(gap).argmax()
         return {'fold changes': float(slope[t][0]), 'recognised': float(share[i]), 'gap': float(gap[far]),
                 'marker': int(by['markers'][t][far])}
@@ -276,19 +297,24 @@ def yardstick(
     label=None, # Labels of both sets, shape (n+m,); without labels, what needs types is left out
     n_perm:int=0, # Times to deal the pool anew
     seed:int=0, # Same seed, same deals
-    min_label:int=20, # Fewest cells of a label on either side
+    min_label:int=20, # Fewest cells of a label on either side, twice the fewest training cells
 )->tuple: # Figures by name, each of shape (1+n_perm,); label: dict of figures of the sets as they are
     "Do types differ as in nature, are there kinds that do not exist, are depths and largest counts right?"
     kind = np.zeros(counts.shape[0], int) if label is None else as_labels(label, counts)
-    named,deals = label is not None and len(set(label_train))>1,label_sides(kind, n, n_perm, seed)
-    labels = shared_labels(kind, deals[0], min_label)
-    if named: right = recognise(train, label_train, counts, seed=seed)==kind
+    deals,labels = label_sides(kind, n, n_perm, seed),[]
+    if label is not None:
+        taught = {k for k,n in zip(*np.unique(as_labels(label_train, train), return_counts=True)) if 2*n>=min_label}
+        labels = [k for k in shared_labels(kind, deals[0], min_label) if k in taught]
+    named = len(labels)>1
+    if named: odds = log_odds(*recognise(train, label_train, counts, seed=seed), kind)
     figures,types = [],[]
-    for choose,judge in turns(train, counts, seed):
+    parts = turns(train, counts, seed)
+    for choose,judge in parts:
         by = chosen(train[choose], np.asarray(label_train)[choose] if named else None)
         cells,S = counts[judge],deals[:,judge]
+        if len(parts)==1: S = label_sides(kind[judge], judge[:n].sum(), n_perm, seed)
         met = {'excluded genes met': (~S)@pairs_met(cells, by['pairs'], by['level'])/(~S).sum(1)}
-        own,rows = by_types(by, cells, kind[judge], right[judge], S, labels) if named else ({},{})
+        own,rows = by_types(by, cells, kind[judge], odds[judge], S, labels) if named else ({},{})
         figures.append(own|met)
         types.append(rows)
     out = {k: np.mean([f[k] for f in figures if k in f], 0) for k in max(figures, key=len)}

@@ -19,6 +19,7 @@ from . import __version__
 from .biology import (coexpression,gene_metrics,label_distance,label_f1,library_distance,marker_agreement,
                           per_label)
 from .data import lognorm
+from .differences import yardstick
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,permute_genes,
                           poisson_cells,pool_pcs,rf_auc,sides)
 from .page import figure,guide,html,word
@@ -27,8 +28,10 @@ from .privacy import align_genes,exact_copies,exchanged,overlap,questions,read_s
 # %% ../nbs/06k_report.ipynb #30b83bb9
 _forests = {'RF AUC, genes': 'genes-5fold', 'RF AUC, 50 PCs': 'pcs-5fold'}
 
-def _compare(held, other, labels, n_trees, n_perm, seed):
-    "Name of a metric: its values, shape (1+n_perm,); and the scores of the forests"
+def _of(cells, labels): return cells.obs[labels].to_numpy(str) if labels else None
+
+def _compare(held, other, train, labels, n_trees, n_perm, seed):
+    "Name of a metric: its values, shape (1+n_perm,); the scores of the forests; figures of each label"
     x,y = lognorm(held.X),lognorm(other.X)
     z = pool_pcs(x, y)
     S = sides(held.n_obs, other.n_obs, n_perm, seed)
@@ -36,15 +39,16 @@ def _compare(held, other, labels, n_trees, n_perm, seed):
     scores = {k: classifier_scores(x, y, protocol, n_trees, seed) for k,protocol in _forests.items()}
     out = {k: auc_sides(*v, n_perm, seed) for k,v in scores.items()}
     out['MMD² × 10³'] = 1e3*mmd2_sides(z, S)
+    label = np.r_[_of(held, labels),_of(other, labels)] if labels else None
     if labels:
-        label = np.r_[held.obs[labels].to_numpy(str),other.obs[labels].to_numpy(str)]
         out['MMD² × 10³, with types'] = 1e3*mmd2_sides(z, S, label)
         out['type mix'] = label_distance(label, S)
     out |= neighbour_metrics(z, S)
     out |= coexpression(sparse.vstack([x,y]), S)
     out |= gene_metrics(counts, S)
     out['library size'] = library_distance(counts.sum(1).A1, S)
-    return out,scores
+    figures,types = yardstick(train.X, counts, held.n_obs, _of(train, labels), label, n_perm, seed)
+    return out|figures,scores,types
 
 # %% ../nbs/06k_report.ipynb #323a5ed4
 def _nulls(cells, labels, seed):
@@ -55,13 +59,14 @@ def _nulls(cells, labels, seed):
     return {k: a[a.X.sum(1).A1>0].copy() for k,a in ruined.items()}
 
 # %% ../nbs/06k_report.ipynb #4b8d20fc
-_more_is_nearer = ('mixing','precision','recall','coverage','correlation agreement')
+_more_is_nearer = ('mixing','precision','recall','coverage','correlation agreement','fold changes, correlation')
+_no_side = ('density','fold changes kept','recognised as asked','differences kept','excluded genes met','largest counts')
 
 def _judge(name, values, level):
     "What chance says of a metric: whether it `differs`, and if so, whether it is `nearer` than chance"
     v = beyond_chance(values, level)
     above = v['value']>(v['low']+v['high'])/2
-    nearer = name!='density' and above==(name in _more_is_nearer)
+    nearer = name not in _no_side and above==(name in _more_is_nearer)
     differs = v['p']<=level and not (name=='type mix' and nearer)
     return dict(v, differs=differs, nearer=differs and nearer)
 
@@ -73,9 +78,15 @@ def _enough_deals(n_perm, n_tests, level=0.05):
         raise ValueError(f"{n_perm} deals cannot raise an alarm at a level of {level} shared by {n_tests} tests; "
                          f"n_perm must be at least {least}")
 
+def _choosers(sets, cells, seed, most=10_000):
+    "Training cells that choose genes, and teach a classifier of types: all of them, at most `most`"
+    a = sets.get('train', cells['train'])
+    return a[np.sort(np.random.default_rng(seed).permutation(a.n_obs)[:most])]
+
 def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
-    "What chance says of every metric, of every question of the audit; the scores of the forests; the number of tests"
-    got,scores = _compare(cells['held'], cells['synth'], labels, n_trees, n_perm, seed)
+    "What chance says of every metric, of every question of the audit; scores of forests; number of tests; types"
+    train = _choosers(sets, cells, seed)
+    got,scores,types = _compare(cells['held'], cells['synth'], train, labels, n_trees, n_perm, seed)
     n_tests = len(got)+4*('train' in sets)
     _enough_deals(n_perm, n_tests, level)
     found = {k: _judge(k, v, level/n_tests) for k,v in got.items()}
@@ -83,7 +94,7 @@ def _tests(sets, cells, labels, n_trees, n_perm, seed, level=0.05):
     if 'train' in sets:
         three = [sets[k].X for k in ('held','synth','train')]
         privacy = questions(*three, lognorm, cells['held'].n_obs, n_perm, 4*level/n_tests, seed)
-    return found,privacy,scores,n_tests
+    return found,privacy,scores,n_tests,types
 
 # %% ../nbs/06k_report.ipynb #4382a3cc
 def _cut(sets, n_cells, seed):
@@ -100,8 +111,10 @@ def _cut(sets, n_cells, seed):
     return {k: draw(sets[k], n) for k in ('held','synth','train')}
 
 # %% ../nbs/06k_report.ipynb #2fc0cb74
+_of_markers = {'markers': 'recovered', 'genes found': 'found', 'false genes': 'false'}
+
 def _by_type(held, synth, train, labels, n_trees, seed):
-    "A row for each type: cells, AUC beside its control, markers recovered, F1 of a classifier trained on each"
+    "A row for each type: cells, AUC, markers recovered, F1, significant genes found and false; synth and control"
     x,y,c = (lognorm(a.X) for a in (held,synth,train))
     tx,ty,tc = (a.obs[labels].to_numpy(str) for a in (held,synth,train))
     def forest(u, v): return float(rf_auc(u, v, 'pcs-5fold', n_trees, seed).mean())
@@ -109,11 +122,19 @@ def _by_type(held, synth, train, labels, n_trees, seed):
     for name,v,t in (('synth',y,ty), ('control',c,tc)):
         marks = marker_agreement(x, tx, v, t) if len(np.unique(tx))>1 else {}
         out[f'AUC, {name}'] = per_label(forest, x, tx, v, t)
-        out[f'markers, {name}'] = {k: m['recovered'] for k,m in marks.items()}
+        for m,of in _of_markers.items(): out[f'{m}, {name}'] = {k: v[of] for k,v in marks.items()}
         out[f'F1, {name}'] = label_f1(v, t, x, tx, seed) if len(np.unique(t))>1 else {}
-    order = ['held cells','synth cells']+[f'{m}, {s}' for m in ('AUC','markers','F1') for s in ('synth','control')]
+    judged = ('AUC','markers','F1','genes found','false genes')
+    order = ['held cells','synth cells']+[f'{m}, {s}' for m in judged for s in ('synth','control')]
     table = pd.DataFrame(out)[order].reindex(sorted(set(tx)))
     return table.fillna({'held cells': 0, 'synth cells': 0}).astype(float)
+
+# %% ../nbs/06k_report.ipynb #cdd913c0
+def _with_changes(table, synth, control):
+    "The table of types with fold changes kept and recognition, synth beside control"
+    more = {f'{m}, {s}': {k: v[m] for k,v in rows.items()} for m in ('fold changes','recognised')
+            for s,rows in (('synth',synth),('control',control))}
+    return table.join(pd.DataFrame(more, index=table.index, dtype=float))
 
 # %% ../nbs/06k_report.ipynb #085e1697
 def _like_labels(sets):
@@ -159,6 +180,21 @@ def _doubts(sets, metrics, privacy, n):
                    "cell; leave them out before you share the rest.")
     return out+exchanged(privacy)
 
+# %% ../nbs/06k_report.ipynb #06c935c1
+def _named(sets, metrics, rows):
+    "Sentences that name the farthest marker, where it differs, and a count far above every real one"
+    out = []
+    if rows and metrics['farthest marker']['differs']:
+        t,far = max(rows.items(), key=lambda r: abs(r[1]['gap']))
+        gene,way = sets['held'].var_names[far['marker']],'lower' if far['gap']<0 else 'higher'
+        out.append(f"Marker {gene} of type {t} is {way} in synthetic cells than in held-out ones, by "
+                   f"{abs(far['gap']):.1f} standard errors; no other marker of any type is farther off.")
+    most = {k: a.X.max() for k,a in sets.items()}
+    real = max(v for k,v in most.items() if k!='synth')
+    if metrics['largest counts']['differs'] and most['synth']>2*real:
+        out.append(f"The largest synthetic count is {most['synth']:.0f}; that of real cells is {real:.0f}.")
+    return out
+
 # %% ../nbs/06k_report.ipynb #3e63e9aa
 def _on_types(sets, types, labels):
     "Sentences on types that cannot be judged"
@@ -201,9 +237,13 @@ def table(self:Report)->pd.DataFrame: # A row for each metric, rounded
     return pd.DataFrame({k: row(m) for k,m in self.metrics.items()}).T.infer_objects().round(3)
 
 # %% ../nbs/06k_report.ipynb #efb79dd8
+_asked_first = ' {what} {synth:.2f} of the real ones (other real cells: {control:.2f}).'
+_first = {'fold changes kept': 'Fold changes are', 'differences kept': 'Differences between types are',
+          'recognised as asked': 'Cells recognised as their type are'}
+
 @patch
-def verdict(self:Report)->str: # One to three sentences
-    "What the tests together say"
+def verdict(self:Report)->str: # Some sentences
+    "What the tests together say, and what a biologist asks first"
     found = [k+' (nearer than chance)'*m['nearer'] for k,m in self.metrics.items() if m['differs']]
     leaks = [k for k,m in self.privacy.items() if m['caught']]
     n,verbatim = len(found+leaks),self.privacy.get('exact copies', {}).get('cells')
@@ -213,7 +253,7 @@ def verdict(self:Report)->str: # One to three sentences
     said += '.'
     if verbatim: said += f' Training cells among them, verbatim: {verbatim}.'
     if leaks: said += ' Training cells leak.'
-    return said
+    return said+''.join(_asked_first.format(**self.metrics[k], what=what) for k,what in _first.items() if k in self.metrics)
 
 # %% ../nbs/06k_report.ipynb #432df6ed
 def _steps(todo, progress):
@@ -231,20 +271,23 @@ def _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress):
     "The tests, the control, what ruined cells score, the table of types"
     held,few = cells['held'],min(n_trees, 30)
     ruined = _nulls(cells['train'], labels, seed) if nulls else {}
+    def beside(a, n_trees): return _compare(held, a, _choosers(sets, cells, seed), labels, n_trees, 0, seed)
     todo = {'synth': lambda: _tests(sets, cells, labels, n_trees, n_perm, seed),
-            'control': lambda: _compare(held, cells['train'], labels, n_trees, 0, seed)}
-    for k,a in ruined.items(): todo[f'null: {k}'] = lambda a=a: _compare(held, a, labels, few, 0, seed)[0]
+            'control': lambda: beside(cells['train'], n_trees)}
+    for k,a in ruined.items(): todo[f'null: {k}'] = lambda a=a: beside(a, few)[0]
     if labels: todo['types'] = lambda: _by_type(*cells.values(), labels, few, seed)
     done = _steps(todo, progress)
-    return done['synth'],done['control'],{k: done[f'null: {k}'] for k in ruined},done.get('types', pd.DataFrame())
+    types = _with_changes(done['types'], done['synth'][-1], done['control'][-1]) if labels else pd.DataFrame()
+    return done['synth'],done['control'],{k: done[f'null: {k}'] for k in ruined},types
 
 # %% ../nbs/06k_report.ipynb #abf3b315
 def _beside(found, scores, control, ruined, n, seed):
     "Every metric with its control, its nulls and, where forests scored cells, the gap to the control"
-    floor,floor_scores = control
+    floor,floor_scores,_ = control
+    def first(v, k): return float(v[k][0]) if k in v else np.nan # Too few cells of any type may be left
     def row(k, m):
-        m = {'synth': m['value'], **m, 'control': float(floor[k][0]), 'n': n}
-        m['nulls'] = {b: float(v[k][0]) for b,v in ruined.items()}
+        m = {'synth': m['value'], **m, 'control': first(floor, k), 'n': n}
+        m['nulls'] = {b: first(v, k) for b,v in ruined.items()}
         if k in scores: m['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
         return {key: v for key,v in m.items() if key!='value'}
     return {k: row(k, m) for k,m in found.items()}
@@ -271,12 +314,12 @@ def evaluate(
     cells = _cut(sets, n_cells, seed)
     parts = _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress)
     tests,control,ruined,types = parts
-    found,privacy,scores,n_tests = tests
+    found,privacy,scores,n_tests,rows = tests
     n = cells['held'].n_obs
     metrics = _beside(found, scores, control, ruined, n, seed)
     settings = dict(n_cells=n, n_tests=n_tests, n_genes=cells['held'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed,
                     version=__version__, labels=labels)
-    said = _doubts(sets, metrics, privacy, n)+said+_not_given(sets, labels)
+    said = _doubts(sets, metrics, privacy, n)+_named(sets, metrics, rows)+said+_not_given(sets, labels)
     if labels: said += _on_types(sets, types, labels)
     return Report(metrics, types, privacy, said, cells, settings)
 

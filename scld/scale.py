@@ -44,19 +44,16 @@ class NormalScores(nn.Module):
         place = (np.arange(Q)+0.5)*q/Q-0.5
         self.sizes = torch.from_numpy(np.exp(np.interp(place, np.arange(q), np.log(found)))).to(self.sizes)
         return self
-
-# %% ../nbs/01b_scale.ipynb #d0c370da
-@patch
-def forward(self:NormalScores,
-    library:torch.Tensor, # Library sizes, in counts, any shape
-)->torch.Tensor: # Scores, shape of `library`
-    "The normal score of each library size"
-    x,Q = torch.as_tensor(library).to(self.sizes),len(self.sizes)
-    left,right = (torch.searchsorted(self.sizes, x, right=r) for r in (False,True))
-    below,above = (self.sizes[i.clamp(0, Q-1)].log() for i in (left-1,left))
-    part = (x.clamp(min=1).log()-below)/(above-below).clamp(min=1e-9)
-    place = torch.where(left<right, (left+right-1)/2, left-1+part).clamp(0, Q-1)
-    return torch.special.ndtri((place+0.5)/Q)
+    def forward(self,
+        library:torch.Tensor, # Library sizes, in counts, any shape
+    )->torch.Tensor: # Scores, shape of `library`
+        "The normal score of each library size"
+        x,Q = torch.as_tensor(library).to(self.sizes),len(self.sizes)
+        left,right = (torch.searchsorted(self.sizes, x, right=r) for r in (False,True))
+        below,above = (self.sizes[i.clamp(0, Q-1)].log() for i in (left-1,left))
+        part = (x.clamp(min=1).log()-below)/(above-below).clamp(min=1e-9)
+        place = torch.where(left<right, (left+right-1)/2, left-1+part).clamp(0, Q-1)
+        return torch.special.ndtri((place+0.5)/Q)
 
 # %% ../nbs/01b_scale.ipynb #aea7ede8
 @patch

@@ -320,7 +320,8 @@ def run_guidance(
     real = dict(share=float(share), share_all=float(inside.mean()), xy=first, inside=_tenths(inside[rows]/10))
     five = [dict(guidance=w, n=len(v[2]), share=float(v[0]), distance=float(v[1]/unit), xy=m)
         for (w,v),m in zip(sets.items(), maps)]
-    return dict(seed=seed, label=label, **provenance(data, preset), **took, real=real, at=five)
+    settings = json.loads(json.dumps(model.settings))
+    return dict(seed=seed, label=label, settings=settings, **provenance(data, preset), **took, real=real, at=five)
 
 # %% ../nbs/06i_runs.ipynb #70a49730
 def _change(title, **settings): return System(title, 'SCLD', settings, by_label=True, types=False, ours=True)

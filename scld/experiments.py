@@ -237,6 +237,7 @@ def caption(
         quick=' This preset shows that everything runs; it says nothing about quality.',
         small=' This preset says which row is better, not how good any is.')
     labels = f"{r['n_labels']} types or clusters"
+    which = f"`{r['data']}` ({r['about']}), preset `{preset}`"
     old = earlier(preset, results)
     before = f" Made by an earlier version, with a model of other settings: {'; '.join(old)}." if old else ''
-    return f"`{r['data']}` ({r['about']}), preset `{preset}`: {cells}, {labels}, {judged}.{limits.get(preset, '')}{before}"
+    return f"{which}: {cells}, {labels}, {judged}.{limits.get(preset, '')}{before}"

@@ -163,7 +163,7 @@ def fit(
     out:str='model', # Folder for the model; must not be there
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` with the types of cells; Louvain clusters if absent
-    config:str='default', # Settings: `default`, `quick` (a tenth of the steps) or `paper`
+    config:str='default', # Settings: `default`, `quick` (far fewer steps) or `paper`
     steps:int=None, # Training steps of the diffusion
     min_label:int=None, # Fewest cells of a label that can be asked for later; 5 if absent
     drop_empty:bool=False, # Leave out cells without counts?

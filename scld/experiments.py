@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['published', 'published_fusion', 'published_types', 'pairs', 'spread', 'summary', 'compare', 'claims', 'ahead',
-           'by_types', 'ahead_by_type', 'plot_panel', 'plot_claims', 'describe_claims', 'best_results', 'caption']
+           'by_types', 'ahead_by_type', 'plot_panel', 'plot_claims', 'describe_claims', 'best_results', 'earlier',
+           'caption']
 
 # %% ../nbs/07_experiments.ipynb #32712497
+import json
 import numpy as np, pandas as pd
 from pathlib import Path
-from .runs import data_sets,results_of,systems
+from .runs import data_sets,presets,results_of,systems,tables
+from .settings import read_settings
 
 # %% ../nbs/07_experiments.ipynb #c2807535
 published = dict(
@@ -206,6 +209,20 @@ def best_results(
     found = {data: next(((p,r) for p,r in of.items() if r), None) for data,of in every.items()}
     return {data: v for data,v in found.items() if v}
 
+# %% ../nbs/07_experiments.ipynb #f9c44161
+def earlier(
+    preset:str, # One of `presets`
+    results:dict, # By row
+)->list: # Titles of rows
+    "Rows of this library whose models had other settings than they have today"
+    rows = {k: s for t in tables.values() for k,s in t.items()}
+    def today(k):
+        own = {**presets[preset].scld, **rows[k].settings}
+        settings = read_settings(own.pop('config', 'default'), own)
+        return json.loads(json.dumps(settings))
+    mine = {k: rs for k,rs in results.items() if k in rows and rows[k].ours}
+    return [rs[0]['system'] for k,rs in mine.items() if any(r.get('settings', today(k))!=today(k) for r in rs)]
+
 # %% ../nbs/07_experiments.ipynb #e5c8438e
 def caption(
     preset:str, # One of `presets`
@@ -220,4 +237,7 @@ def caption(
         quick=' This preset shows that everything runs; it says nothing about quality.',
         small=' This preset says which row is better, not how good any is.')
     labels = f"{r['n_labels']} types or clusters"
-    return f"`{r['data']}` ({r['about']}), preset `{preset}`: {cells}, {labels}, {judged}.{limits.get(preset, '')}"
+    which = f"`{r['data']}` ({r['about']}), preset `{preset}`"
+    old = earlier(preset, results)
+    before = f" Made by an earlier version, with a model of other settings: {'; '.join(old)}." if old else ''
+    return f"{which}: {cells}, {labels}, {judged}.{limits.get(preset, '')}{before}"

@@ -155,7 +155,7 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     weights = even_weights(label, len(self.categories))
     def loss(i):
         if s['rows']=='even': i = draw_evenly(i.to(self.device), weights, s['share'])
-        t = sched.draw_steps(len(i), device=self.device) if s['times']=='snr' else None
+        t = sched.draw_steps(len(i), spread=2., device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
         return net.denoiser.loss(sched, net.scale(noisy), label[i], s['share'], t)
     try:

@@ -320,7 +320,8 @@ def run_guidance(
     real = dict(share=float(share), share_all=float(inside.mean()), xy=first, inside=_tenths(inside[rows]/10))
     five = [dict(guidance=w, n=len(v[2]), share=float(v[0]), distance=float(v[1]/unit), xy=m)
         for (w,v),m in zip(sets.items(), maps)]
-    return dict(seed=seed, label=label, **provenance(data, preset), **took, real=real, at=five)
+    settings = json.loads(json.dumps(model.settings))
+    return dict(seed=seed, label=label, settings=settings, **provenance(data, preset), **took, real=real, at=five)
 
 # %% ../nbs/06i_runs.ipynb #70a49730
 def _change(title, **settings): return System(title, 'SCLD', settings, by_label=True, types=False, ours=True)
@@ -334,8 +335,16 @@ ablations = {
     'mse': _change('squared error', likelihood='mse', noise=0., prior=0.),
     'poisson': _change('Poisson counts', likelihood='poisson'),
     'plain-latent': _change('no noise on latents', noise=0.),
+    'one-place': _change('one place for all labels', label_sd=0.),
     'no-prior': _change('no prior on the decoder', prior=0.),
+    'gaussian': _change('Gaussian prior on the decoder', tails=None),
+    'scatter-first': _change('scatter from the first step', scatter_from=0.),
     'all-genes': _change('encoder reads all genes', reads='log'),
+    'no-bends': _change('latents heard as they are', bends=0),
+    'means': _change('labels heard as means', condition='mean'),
+    'plain-rows': _change('batches as they come', rows='plain'),
+    'uniform-times': _change('diffusion steps drawn evenly', times='uniform'),
+    'log-depth': _change('logarithms of library sizes', depth='log'),
     'holistic': _ours('kinds left to the model', 'default', types=False)}
 tables = dict(table3=systems, table4=networks4, ablation=ablations)
 

@@ -59,7 +59,7 @@ defaults = dict(
     share=0.2, # Share of each batch that takes the global condition
     min_label=5, # Labels with fewer cells cannot be asked for
     lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
-    steps=6000, # Training steps of the diffusion
+    steps=5000, # Training steps of the diffusion
     threads=1) # Threads of each operation on the CPU while training; other numbers give other last digits
 
 # %% ../nbs/04b_settings.ipynb #460b241c

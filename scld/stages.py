@@ -17,9 +17,9 @@ def stage_steps(
     n_cells:int, # Number of training cells
     batch_size:int, # Cells a step
 )->dict: # Optimiser steps by stage
-    "Steps of each stage: a third for the autoencoder, at most 2,000 and 60 passes; a sixth for the scorer"
+    "Steps of each stage: two fifths for the autoencoder, at most 2,000 and 60 passes; a sixth for the scorer"
     passes = 60*n_cells//batch_size
-    return dict(autoencoder=max(min(steps//3, 2000, passes), 5), diffusion=steps, scorer=max(steps//6, 5))
+    return dict(autoencoder=max(min(2*steps//5, 2000, passes), 5), diffusion=steps, scorer=max(steps//6, 5))
 
 # %% ../nbs/04e_stages.ipynb #679bfe13
 def record(

@@ -379,13 +379,13 @@ def paper(ctx, data, scale, n_latent, backbone, labels, seed):
     ae = yield from shared_autoencoder(ctx, data, scale, n_latent, seed)
     gen,s,t = generator(ctx, 'paper', data, scale, n_latent, backbone, labels, seed),schedule(ctx),time.time()
     label,K = ctx.label[data],len(CELLS[data].kinds)
-    unet = UNet(n_latent, tuple(ctx.a.widths), 128, 0.1, backbone).to(ctx.dev)
+    unet = UNet(n_latent, tuple(ctx.a.widths), 128, 0.1, backbone, bends=0).to(ctx.dev)
     if backbone=='mlp': own_dropout(unet, gen) # One lane has convolutions: it may use torch's own stream
     net = unet
     if labels:
         x = scaled(CELLS[data].train)
         net = Denoiser(unet, cluster_means(x.log1p() if scale=='log' else x,
-            CELLS[data].label, K, 1).to(ctx.dev)).to(ctx.dev)
+            CELLS[data].label, K, 1).to(ctx.dev), 'mean').to(ctx.dev)
     model = net if labels else (lambda z, t, label: net(z, t))
     params,opt = optimiser(torch.optim.AdamW, net, 1e-3)
     average = torch.ones((), device=ctx.dev)

@@ -118,7 +118,8 @@ def recognise(
     label,rng = as_labels(label, train),np.random.default_rng(seed)
     fold,at = rng.permutation(len(label))%n_folds,exact_copies(train, cells)
     part = np.where(at<0, rng.permutation(len(at))%n_folds, fold[at])
-    x,y,every = lognorm(train),lognorm(cells),np.unique(label)
+    x,y = lognorm(train),lognorm(cells)
+    every = np.unique(label)
     out = np.full((len(at),len(every)), -np.inf)
     for f in range(n_folds):
         learn,test = fold!=f,part==f
@@ -318,5 +319,5 @@ def yardstick(
         figures.append(own|met)
         types.append(rows)
     out = {k: np.mean([f[k] for f in figures if k in f], 0) for k in max(figures, key=len)}
-    out['depth'] = depth_gap(counts.sum(1).A1, kind, deals)
-    return dict(out, **{'largest counts': largest_counts(counts, deals)}),over_turns(types)
+    whole = {'depth': depth_gap(counts.sum(1).A1, kind, deals), 'largest counts': largest_counts(counts, deals)}
+    return out|whole,over_turns(types)

@@ -60,7 +60,8 @@ def _nulls(cells, labels, seed):
 
 # %% ../nbs/06k_report.ipynb #4b8d20fc
 _more_is_nearer = ('mixing','precision','recall','coverage','correlation agreement','fold changes, correlation')
-_no_side = ('density','fold changes kept','recognised as asked','differences kept','excluded genes met','largest counts')
+_no_side = ('density','fold changes kept','recognised as asked','differences kept','excluded genes met',
+            'largest counts')
 
 def _judge(name, values, level):
     "What chance says of a metric: whether it `differs`, and if so, whether it is `nearer` than chance"
@@ -253,7 +254,8 @@ def verdict(self:Report)->str: # Some sentences
     said += '.'
     if verbatim: said += f' Training cells among them, verbatim: {verbatim}.'
     if leaks: said += ' Training cells leak.'
-    return said+''.join(_asked_first.format(**self.metrics[k], what=what) for k,what in _first.items() if k in self.metrics)
+    first = [_asked_first.format(**self.metrics[k], what=what) for k,what in _first.items() if k in self.metrics]
+    return said+''.join(first)
 
 # %% ../nbs/06k_report.ipynb #432df6ed
 def _steps(todo, progress):

@@ -19,7 +19,7 @@ def gene_metrics(
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
     n_top:int=1000, # Genes seen in most cells to compare
 )->dict: # Name of a metric: its value for each row of `sides`, shape (B,)
-    "Gaps between the means, dispersions and zeros of genes, equation (G1)"
+    "Gaps between the means, dispersions and zeros of genes, equation (K1)"
     X = sparse.csr_matrix(counts, dtype=np.float64)
     X = X[:,np.sort(np.argsort(-X.getnnz(0), kind='stable')[:n_top])]
     S = sides.T.astype(float)
@@ -38,7 +38,7 @@ def library_distance(
     library:np.ndarray, # Library size of each cell of both sets, in counts, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
 )->np.ndarray: # Distance for each row of `sides`, in counts, shape (B,)
-    "1-Wasserstein distance of library sizes, equation (G2)"
+    "1-Wasserstein distance of library sizes, equation (K2)"
     order = np.argsort(library)
     S = sides[:,order]
     F,H = (s.cumsum(1)/s.sum(1, keepdims=True) for s in (S,~S))
@@ -70,7 +70,7 @@ def label_distance(
     label, # Label of each cell of both sets, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
 )->np.ndarray: # From 0, the same mix, to 1, no label in common; shape (B,)
-    "Total variation distance of type proportions, equation (G3)"
+    "Total variation distance of type proportions, equation (K3)"
     code = np.unique(label, return_inverse=True)[1]
     one_hot = np.eye(code.max()+1)[code]
     a,b = (s@one_hot/s.sum(1, keepdims=True) for s in (sides,~sides))
@@ -98,7 +98,7 @@ def wilcoxon(
     x, # Cells, scaled and logged, CSR or dense, shape (n, n_genes)
     label, # Label of each cell, shape (n,)
 )->dict: # Label: score of every gene, shape (n_genes,)
-    "Wilcoxon's test of each label against the rest, equation (G4)"
+    "Wilcoxon's test of each label against the rest, equation (K4)"
     from scipy.stats import rankdata
     names,code = np.unique(np.asarray(label, str), return_inverse=True)
     ranks = rankdata(dense(x, 'the set'), axis=0)
@@ -240,7 +240,7 @@ def depth_gap(
     label, # Label of each cell, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
 )->np.ndarray: # For each row of `sides`, from 0 to 1, shape (B,)
-    "Largest difference in the share of cells that lie in a range of depths, equation (G5)"
+    "Largest difference in the share of cells that lie in a range of depths, equation (K5)"
     log,code = np.log(library),np.unique(label, return_inverse=True)[1]
     log = log-(np.bincount(code, log)/np.bincount(code))[code]
     value,at = np.unique(log.round(9), return_inverse=True)
@@ -256,7 +256,7 @@ def largest_counts(
     n_top:int=500, # Genes with most counts to compare
     deep:int=40, # Largest counts of a gene to search for one of either side
 )->np.ndarray: # In doublings, for each row of `sides`, shape (B,)
-    "How far the largest counts of genes lie above those of real cells, equation (G6)"
+    "How far the largest counts of genes lie above those of real cells, equation (K6)"
     X = sparse.csc_matrix(counts)
     X = X[:,np.argsort(-X.sum(0).A1, kind='stable')[:n_top]].toarray()
     order = np.argsort(-X, 0, kind='stable')[:deep]

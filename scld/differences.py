@@ -254,19 +254,21 @@ def by_types(
     label:np.ndarray, # Label of each cell, shape (n+m,)
     odds:np.ndarray, # Of `log_odds`, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
-    labels:list, # Labels to judge
+    labels:list, # Labels of which means are taken together
+    rare:list, # Labels that are looked at one by one, those of few cells among them
 )->tuple: # Figures by name, each of shape (B,); label: dict of figures of the first row of `sides`
     "What is asked of types; nothing where fewer than two can be judged"
-    k = [t for t in shared_labels(label, sides[0], 1) if t in labels and t in by['changes']]
+    every = [t for t in shared_labels(label, sides[0], 1) if t in rare and t in by['changes']]
+    k = [t for t in every if t in labels]
     if len(k)<2: return {},{}
     x = lognorm(counts)
-    slope,correlation = fold_changes_kept(counts, label, sides, {t: by['changes'][t] for t in k})
-    real,other = label_means((odds>0).astype(float), label, sides, k)
-    far = np.max([abs(gaps(odds[label==t,None], sides[:,label==t])).max(1) for t in k], 0)
-    marks = marker_gaps(x, label, sides, {t: by['markers'][t] for t in k})
+    slope,correlation = fold_changes_kept(counts, label, sides, {t: by['changes'][t] for t in every})
+    real,other = label_means((odds>0).astype(float), label, sides, every)
+    far = np.max([abs(gaps(odds[label==t,None], sides[:,label==t])).max(1) for t in every], 0)
+    marks = marker_gaps(x, label, sides, {t: by['markers'][t] for t in every})
     parts = contrast(by['x'], by['label'], k)
-    figures = {'fold changes kept': np.mean([*slope.values()], 0),
-               'fold changes, correlation': np.mean([*correlation.values()], 0),
+    figures = {'fold changes kept': np.mean([slope[t] for t in k], 0),
+               'fold changes, correlation': np.mean([correlation[t] for t in k], 0),
                'recognised as asked': other.sum(1)/np.maximum(real.sum(1), 1e-12), 'farthest type': far,
                'differences kept': differences_kept(x, label, sides, k, *parts),
                'farthest marker': np.max([abs(g).max(1) for g in marks.values()], 0)}
@@ -276,7 +278,7 @@ def by_types(
         far = abs(gap).argmax()
         return {'fold changes': float(slope[t][0]), 'recognised': float(share[i]), 'gap': float(gap[far]),
                 'marker': int(by['markers'][t][far])}
-    return figures,{t: about(i, t) for i,t in enumerate(k)}
+    return figures,{t: about(i, t) for i,t in enumerate(every)}
 
 # %% ../nbs/06c_differences.ipynb #96c12773
 def over_turns(
@@ -298,14 +300,14 @@ def yardstick(
     label=None, # Labels of both sets, shape (n+m,); without labels, what needs types is left out
     n_perm:int=0, # Times to deal the pool anew
     seed:int=0, # Same seed, same deals
-    min_label:int=20, # Fewest cells of a label on either side, twice the fewest training cells
+    min_label:int=20, # Fewest cells of a label on either side; half as many where labels are looked at one by one
 )->tuple: # Figures by name, each of shape (1+n_perm,); label: dict of figures of the sets as they are
     "Do types differ as in nature, are there kinds that do not exist, are depths and largest counts right?"
     kind = np.zeros(counts.shape[0], int) if label is None else as_labels(label, counts)
     deals,labels = label_sides(kind, n, n_perm, seed),[]
     if label is not None:
         taught = {k for k,n in zip(*np.unique(as_labels(label_train, train), return_counts=True)) if 2*n>=min_label}
-        labels = [k for k in shared_labels(kind, deals[0], min_label) if k in taught]
+        labels,rare = ([k for k in shared_labels(kind, deals[0], n) if k in taught] for n in (min_label,min_label//2))
     named = len(labels)>1
     if named: odds = log_odds(*recognise(train, label_train, counts, seed=seed), kind)
     figures,types = [],[]
@@ -315,7 +317,7 @@ def yardstick(
         cells,S = counts[judge],deals[:,judge]
         if len(parts)==1: S = label_sides(kind[judge], judge[:n].sum(), n_perm, seed)
         met = {'excluded genes met': (~S)@pairs_met(cells, by['pairs'], by['level'])/(~S).sum(1)}
-        own,rows = by_types(by, cells, kind[judge], odds[judge], S, labels) if named else ({},{})
+        own,rows = by_types(by, cells, kind[judge], odds[judge], S, labels, rare) if named else ({},{})
         figures.append(own|met)
         types.append(rows)
     out = {k: np.mean([f[k] for f in figures if k in f], 0) for k in max(figures, key=len)}

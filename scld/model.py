@@ -6,7 +6,7 @@
 __all__ = ['FACTS', 'SCLD']
 
 # %% ../nbs/05a_model.ipynb #dbb630f0
-import html,json,warnings
+import json,warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder
-from .cells import TrainingCells,in_order,too_small
+from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
 from .files import read_counts
@@ -30,7 +30,7 @@ from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_par
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
-from .stages import kept_stages,plot_losses,record,stage_steps
+from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
 from .unet import UNet
@@ -45,7 +45,7 @@ class SCLD:
         adata, # Training cells, never changed: an AnnData (backed or not), the path of a file, or a `CountStream`
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the types of cells; Louvain clusters if absent
-        config:str='default', # `default`, `quick` (a tenth of the steps) or `paper` (the paper's settings)
+        config:str='default', # `default`, `quick` (few steps) or `paper` (the paper's settings)
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
         self.settings = read_settings(config, kwargs)
@@ -73,9 +73,9 @@ def _build(self:SCLD,
     "Make the networks, untrained"
     s,G = self.settings,len(self.genes)
     n,K = s['n_latent'],len(self.categories)
-    own = dict(tails=s['tails'], n_labels=K*(s['label_sd']>0), label_sd=s['label_sd'])
-    ae = Autoencoder(G, n, s['n_hidden'], s['drop_hidden'], s['likelihood'], s['noise'], s['reads'], s['prior'], **own)
-    unet = UNet(n+1, s['widths'], s['n_emb'], s['dropout'], s['backbone'], s['fusion'], s['bends'])
+    own = 'n_hidden','drop_hidden','likelihood','noise','reads','prior','tails'
+    ae = Autoencoder(G, n, *(s[k] for k in own), K*(s['label_sd']>0), s['label_sd'])
+    unet = UNet(n+1, *(s[k] for k in ('widths','n_emb','dropout','backbone','fusion','bends')))
     self.net = nn.ModuleDict(dict(
         ae=ae, depth=depths[s['depth']](), scale=Standardize(n+1), denoiser=Denoiser(unet, means, s['condition']),
         labeller=Labeller(G, K), scorer=Scorer(G)))
@@ -96,19 +96,19 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     "Stage 1: counts to latents and back, equations (3) to (6)"
-    ae,cells,after = self.net.ae,self.training,self.settings['scatter_from']
+    ae,cells = self.net.ae,self.training
+    after = self.settings['scatter_from']
     held = cells.held(self.settings['validation'], seed)
     source,rows = cells.batches(held)
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
-    seen = (x for x,_ in cells.sample(np.setdiff1d(named, held), seed, device=self.device))
-    ae.start_at(share, seen, len(cells)-len(held))
+    known = cells.sample(np.setdiff1d(named, held), seed, device=self.device)
+    ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
     def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
-    ae.at(1.)
     self.history = record(self.history, 'autoencoder', losses)
     if self.settings['likelihood']=='mse': return
     with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
@@ -117,12 +117,13 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
 @patch
 @torch.no_grad()
 def _latents(self:SCLD)->tuple:
-    "Latents of all training cells with their scored library size, and the deviations of their noise, (n, n_latent+1) each"
+    "Latents of all training cells, their library size last, and the deviations of their noise, (n, n_latent+1) each"
     cells = self.training
     library = torch.from_numpy(cells.library).float().to(self.device)
     z,sd = torch.zeros(2, len(cells), self.settings['n_latent']+1, device=self.device)
     z[:,-1] = self.net.depth.fit(cells.library[cells.named]).forward(library)
-    for i in torch.arange(len(z)).split(1024): z[i,:-1],sd[i,:-1] = self.net.ae.posterior(*cells.labelled(i, self.device))
+    for i in torch.arange(len(z)).split(1024):
+        z[i,:-1],sd[i,:-1] = self.net.ae.posterior(*cells.labelled(i, self.device))
     return z,sd
 
 # %% ../nbs/05a_model.ipynb #7e0a41af
@@ -150,11 +151,11 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     z,sd = self._latents()
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
-    net,s,sched = self.net,self.settings,self.sched
-    label = torch.from_numpy(self.training.code).to(self.device)
-    weights = even_weights(label, len(self.categories))
+    net,s = self.net,self.settings
+    sched,label = self.sched,torch.from_numpy(self.training.code).to(self.device)
+    weights = even_weights(label, len(self.categories))*(s['rows']=='even')
     def loss(i):
-        if s['rows']=='even': i = draw_evenly(i.to(self.device), weights, s['share'])
+        i = draw_evenly(i.to(self.device), weights, s['share'])
         t = sched.draw_steps(len(i), spread=2., device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
         return net.denoiser.loss(sched, net.scale(noisy), label[i], s['share'], t)
@@ -306,9 +307,7 @@ def _say_unnamed(self:SCLD, request):
     "Warn that labels were too small to be named, where cells of all types are asked for"
     if isinstance(request, dict) or not self.unnamed: return
     share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={self.settings['min_label']} cells"
-    under = "as large a share of the synthetic cells carries the names of labels they are most like"
-    warnings.warn(f"{lost}; {under}", stacklevel=3)
+    warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
 @patch
@@ -469,5 +468,4 @@ def _repr_html_(self:SCLD):
         'state': 'trained' if self.trained else 'not trained', 'genes': f'{len(self.genes):,}',
         'weights': f'{sum(p.numel() for p in self.net.parameters()):,}',
         f'cells by {self.labels}': sizes+', …'*(len(self.label_table)>12), 'settings': own or 'the defaults'}
-    def row(k, v): return f'<tr><th>{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>'
-    return f"<table>{''.join(row(k, v) for k,v in facts.items())}</table>"
+    return html_table(facts)

@@ -33,7 +33,7 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's), with which noise and priors are 0 unless given
+    likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's): noise and priors are then 0 unless given
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
@@ -73,7 +73,8 @@ configs = dict(
 # %% ../nbs/04b_settings.ipynb #8f9583b1
 ranges = dict(
     n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.,None), prior=(0.,100.), tails=(0.1,1e4,None),
-    label_sd=(0.,100.), scatter_from=(0.,0.9), bends=(0,64), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=[(1,65_536)], n_emb=(2,4096), dropout=(0.,0.95), T=(21,100_000), share=(0.,1.),
+    label_sd=(0.,100.), scatter_from=(0.,0.9), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=[(1,65_536)],
+    n_emb=(2,4096), dropout=(0.,0.95), bends=(0,64), T=(21,100_000), share=(0.,1.),
     min_label=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
 
 choices = dict(

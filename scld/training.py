@@ -257,7 +257,7 @@ def fit(
     desc:str='', # Name on the progress bar
     progress:bool=True, # Show a bar on stderr?
     checkpoint:Checkpoint|None=None, # Where to keep the run; it goes on from what is there
-    at=None, # Function that is called with the share of the run that is done, before each loss
+    at=None, # Function that is called with the share of the run that is done, before each loss and at the end
     before_step=None, # Function that is called with the optimiser when gradients are there, before each step
 )->History: # Loss of every step
     "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
@@ -280,4 +280,5 @@ def fit(
             if asked: run.stop(asked)
             give_way()
             if ended and step+1<steps: break
+    if at: at(1.)
     return run.finish()

@@ -113,11 +113,9 @@ def significant(
     level:float=0.05, # False discovery rate
 )->np.ndarray: # 1 where a gene is higher in the label, -1 where it is lower, else 0, shape (n_genes,)
     "Significant genes, by Benjamini and Hochberg"
-    from scipy.stats import norm
+    from scipy.stats import false_discovery_control,norm
     p = 2*norm.sf(abs(score))
-    least = np.sort(p)
-    below = np.flatnonzero(least<=level*np.arange(1, len(p)+1)/len(p))
-    return np.where(p<=(least[below[-1]] if len(below) else -1), np.sign(score), 0).astype(int)
+    return np.where(false_discovery_control(p)<=level, np.sign(score), 0).astype(int)
 
 # %% ../nbs/06b_biology.ipynb #cababe0e
 def marker_agreement(

@@ -22,11 +22,12 @@ def lognorm_tensor(
 # %% ../nbs/01_autoencoder.ipynb #3a81c79c
 class SquaredError(nn.Module):
     "The paper's likelihood: squared error of scaled, logged values, equation (6)"
+    own = 1. # As of counts, below; no output of this one is a dispersion
     def __init__(self,
         n_genes:int, # Number of genes
     ):
         super().__init__()
-        self.n_out = n_genes
+        self.n_genes = self.n_out = n_genes
     def nll(self, h, counts): return F.mse_loss(h.relu(), lognorm_tensor(counts), reduction='none').mean(1)
     def mean(self, h, library): return h.relu().expm1()*library/20_000
     def draw(self, h, library, rng): return self.mean(h, library).round().long().cpu().numpy()
@@ -46,6 +47,7 @@ def nb_log_prob(
 # %% ../nbs/01_autoencoder.ipynb #07ff1ebc
 class Poisson(nn.Module):
     "Counts with mean softmax(h)·library and variance equal to the mean"
+    own = 1. # How far a cell's own dispersions are heard, from 0 to 1, where there are any (A5)
     def __init__(self,
         n_genes:int, # Number of genes
     ):
@@ -93,7 +95,6 @@ def draw(self:Poisson,
 # %% ../nbs/01_autoencoder.ipynb #aba3c9bb
 class NegativeBinomial(Poisson):
     "Counts with mean softmax(h)·library and an inverse dispersion per gene and cell, equations (A3) and (A5)"
-    own = 1. # How far a cell's own dispersions are heard, from 0 to 1
     def __init__(self,
         n_genes:int, # Number of genes
         log_phi:float=3., # Log inverse dispersion to start from
@@ -331,15 +332,15 @@ def weight_penalty(
 def add_pull(
     to:torch.Tensor, # Gradient of `w`, changed in place
     w:torch.Tensor, # Weights, one row a gene
-    g:float, # Factor
+    g:torch.Tensor|float, # Factor
     scale:float, # ρ; 0 for no prior
     tails:float|None=1., # Degrees of freedom ζ of the Student t; None for the Gaussian
 ):
     "Add `g` times the gradient of `weight_penalty`"
     if not scale: return
-    if tails is None: to.add_(w, alpha=g/scale**2)
+    if tails is None: to.add_(w*(g/scale**2))
     else:
-        for out,x in _slices(to, w): out.addcdiv_(x, x*x+tails*scale**2, value=g*(tails+1))
+        for out,x in _slices(to, w): out.addcdiv_(x*(g*(tails+1)), x*x+tails*scale**2)
 
 # %% ../nbs/01_autoencoder.ipynb #0512a0e9
 class _LastLayer(torch.autograd.Function):
@@ -356,13 +357,13 @@ class _LastLayer(torch.autograd.Function):
         g_w = torch.empty_like(w)
         torch.mm(g_h.T, x, out=g_w[:n])
         g_w[n:] = 0
-        add_pull(g_w[:n], w[:n], g_penalty.item(), *prior)
+        add_pull(g_w[:n], w[:n], g_penalty, *prior)
         return g_h@w[:n],g_w,F.pad(g_h.sum(0), (0,len(w)-n)),None,None,None
 
 @patch
 def n_heard(self:Autoencoder)->int: # Number of rows of the decoder's last layer
     "How many outputs the likelihood hears: all, or the means alone while a cell's own dispersions are not heard"
-    return self.likelihood.n_genes if getattr(self.likelihood, 'own', 1.)==0 else self.likelihood.n_out
+    return self.likelihood.n_genes if self.likelihood.own==0 else self.likelihood.n_out
 
 @patch
 def heard(self:Autoencoder,
@@ -405,12 +406,12 @@ def loss(self:Autoencoder,
 def param_groups(self:Autoencoder,
     lr:float, # Learning rate of the weights
 )->list: # Groups for the optimiser
-    "Weights at `lr`; dispersions and the places of labels at ten times `lr`, without decay"
-    fast = list(self.likelihood.parameters())
-    if self.centres is not None: fast.append(self.centres)
-    slow = [*self.encoder.parameters(),*self.decoder.parameters()]
-    groups = [dict(params=slow, lr=lr)]
-    if fast: groups.append(dict(params=fast, lr=10*lr, weight_decay=0.))
+    "Weights at `lr`; dispersions at ten times, the places of labels at thirty times `lr`, without decay"
+    groups = [dict(params=[*self.encoder.parameters(),*self.decoder.parameters()], lr=lr)]
+    def add(params, times): groups.append(dict(params=params, lr=times*lr, weight_decay=0.))
+    dispersions = list(self.likelihood.parameters())
+    if dispersions: add(dispersions, 10)
+    if self.centres is not None: add([self.centres], 30)
     return groups
 
 # %% ../nbs/01_autoencoder.ipynb #17a83f58
@@ -421,7 +422,7 @@ def at(self:Autoencoder,
     over:float=0.1, # Share of the steps over which a cell's own dispersions come in
 ):
     "Let the negative binomial hear a cell's own dispersions late in training, the number of (A5)"
-    if hasattr(self.likelihood, 'own'): self.likelihood.own = min(max((done-after)/over, 0.), 1.) if after else 1.
+    self.likelihood.own = min(max((done-after)/over, 0.), 1.) if after else 1.
 
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['label_sides', 'shared_labels', 'fold_changes', 'largest_changes', 'fold_changes_kept', 'differing', 'recognise',
-           'label_means', 'log_odds', 'gaps', 'contrast', 'differences_kept', 'clear_markers', 'marker_gaps', 'turns',
-           'chosen', 'by_types', 'over_turns', 'yardstick']
+           'label_means', 'log_odds', 'gaps', 'most_different', 'differences_kept', 'clear_markers', 'marker_gaps',
+           'turns', 'chosen', 'by_types', 'over_turns', 'yardstick']
 
 # %% ../nbs/06c_differences.ipynb #0ffb26a7
 import numpy as np
@@ -167,7 +167,7 @@ def gaps(
     return ((1-s)@values/m-s@values/n)/((values.std(0)+1e-3)*np.sqrt(1/n+1/m))
 
 # %% ../nbs/06c_differences.ipynb #75a16c71
-def contrast(
+def most_different(
     x, # Scaled, logged training cells, CSR, shape (n, n_genes)
     label, # Label of each cell, shape (n,)
     labels:list, # The labels to set apart
@@ -185,7 +185,7 @@ def differences_kept(
     x, # Scaled, logged cells of both sets, CSR or dense, shape (n+m, n_genes)
     label, # Label of each cell, shape (n+m,)
     sides:np.ndarray, # Which cells count as real, shape (B, n+m)
-    labels:list, # Labels of `contrast`
+    labels:list, # Labels of `most_different`
     genes:np.ndarray, # Its genes, shape (n_top,)
     R:np.ndarray, # Its R, shape (n_labels, n_top)
 )->np.ndarray: # For each row of `sides`, shape (B,)
@@ -240,7 +240,7 @@ def turns(
 def chosen(
     counts, # Counts of training cells, CSR or dense, shape (n, n_genes)
     label=None, # Label of each cell, shape (n,); without labels, only pairs are chosen
-)->dict: # `pairs` and `level`; with labels `changes` and `markers`, genes by label, and `x` and `label` for `contrast`
+)->dict: # `pairs` and `level`; with labels `changes` and `markers`, genes by label, and `x` and `label` for `most_different`
     "What training cells choose for others to be judged by"
     out = dict(pairs=exclusive_pairs(counts), level=levels(counts))
     if label is None: return out
@@ -266,7 +266,7 @@ def by_types(
     real,other = label_means((odds>0).astype(float), label, sides, every)
     far = np.max([abs(gaps(odds[label==t,None], sides[:,label==t])).max(1) for t in every], 0)
     marks = marker_gaps(x, label, sides, {t: by['markers'][t] for t in every})
-    parts = contrast(by['x'], by['label'], k)
+    parts = most_different(by['x'], by['label'], k)
     figures = {'fold changes kept': np.mean([slope[t] for t in k], 0),
                'fold changes, correlation': np.mean([correlation[t] for t in k], 0),
                'recognised as asked': other.sum(1)/np.maximum(real.sum(1), 1e-12), 'farthest type': far,

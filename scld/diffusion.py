@@ -182,13 +182,12 @@ def snr_weights(self:NoiseSchedule,
 
 # %% ../nbs/03_diffusion.ipynb #3af843ba
 def draw_rows(
-    weights:torch.Tensor, # Weight of each row, 0 or above, shape (n_rows,)
+    upto:torch.Tensor, # Sums of the rows' weights, each row's own included, shape (n_rows,), float64
     n:int, # Number of draws
 )->torch.Tensor: # Row numbers, shape (n,)
-    "Draw row numbers in proportion to `weights`, each time from all rows"
-    upto = weights.double().cumsum(0)
-    u = torch.rand(n, dtype=torch.float64, device=weights.device)*upto[-1]
-    return torch.searchsorted(upto, u, right=True).clamp(max=len(weights)-1)
+    "Draw row numbers in proportion to their weights, each time from all rows"
+    u = torch.rand(n, dtype=torch.float64, device=upto.device)*upto[-1]
+    return torch.searchsorted(upto, u, right=True).clamp(max=len(upto)-1)
 
 # %% ../nbs/03_diffusion.ipynb #50bc3f86
 @patch
@@ -199,7 +198,7 @@ def draw_steps(self:NoiseSchedule,
     device='cpu', # Where the steps are needed
 )->torch.Tensor: # Steps, from 0 to T-1, shape (n,)
     "Draw steps for `noise_loss` by their log signal-to-noise, equation (D11)"
-    return draw_rows(self.snr_weights(centre, spread), n).to(device)
+    return draw_rows(self.snr_weights(centre, spread).cumsum(0), n).to(device)
 
 # %% ../nbs/03_diffusion.ipynb #80c62be3
 def _abar(sched, t):

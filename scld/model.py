@@ -153,9 +153,10 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     self._fit_labeller(seed)
     net,s = self.net,self.settings
     sched,label = self.sched,torch.from_numpy(self.training.code).to(self.device)
-    weights = even_weights(label, len(self.categories))*(s['rows']=='even')
+    even = s['rows']=='even' and len(self.categories)>0
+    upto = even_weights(label, len(self.categories)).cumsum(0)
     def loss(i):
-        i = draw_evenly(i.to(self.device), weights, s['share'])
+        i = draw_evenly(i.to(self.device), upto, s['share']) if even else i
         t = sched.draw_steps(len(i), spread=2., device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
         return net.denoiser.loss(sched, net.scale(noisy), label[i], s['share'], t)

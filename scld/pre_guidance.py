@@ -57,7 +57,7 @@ def contrast(
     apart = means-means[-1]
     size = apart[:-1].square().mean().sqrt()
     rounding = 1e-5*means.square().mean().sqrt()
-    return torch.where(size>rounding, apart/size, 0)
+    return torch.where(size<=rounding, 0, apart/size)
 
 # %% ../nbs/04_pre_guidance.ipynb #c47f5c20
 conditions = dict(contrast=contrast, mean=lambda means: means)
@@ -106,13 +106,12 @@ def even_weights(
 # %% ../nbs/04_pre_guidance.ipynb #9e05c668
 def draw_evenly(
     rows:torch.Tensor, # Row numbers of a batch, as they come, shape (n,)
-    weights:torch.Tensor, # Weight of each row of the whole set, from `even_weights`, shape (n_rows,)
+    upto:torch.Tensor, # Sums of the weights of `even_weights` up to each row of the whole set, shape (n_rows,)
     share:float=0.2, # Share of the batch that takes the global condition
 )->torch.Tensor: # Row numbers, the first of them as they were, shape (n,)
     "Draw the rows of a batch anew by weight, but for those of the global slot"
-    if not weights.any(): return rows
     keep = round(share*len(rows))
-    return torch.cat([rows[:keep], draw_rows(weights, len(rows)-keep).to(rows)])
+    return torch.cat([rows[:keep], draw_rows(upto, len(rows)-keep).to(rows)])
 
 # %% ../nbs/04_pre_guidance.ipynb #c638734e
 @patch

@@ -327,9 +327,11 @@ footer { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: .5rem }
 }'''
 
 # %% ../nbs/06j_page.ipynb #619ce0ea
+def _shown(v, spec='.3f'): return '–' if v!=v else format(v, spec)
+
 def _table(frame):
     "A data frame as an HTML table that folds into cards on a phone; `<` in strings is kept"
-    def cell(v): return '–' if v!=v else f'{v:.3g}' if isinstance(v, float) else str(v)
+    def cell(v): return _shown(v, '.3g') if isinstance(v, float) else str(v)
     def row(name, values):
         cells = ''.join(f'<td data-l="{escape(str(c))}">{cell(v)}</td>' for c,v in values.items())
         return f'<tr><td>{name}</td>{cells}</tr>\n'
@@ -348,13 +350,12 @@ def word(
 # %% ../nbs/06j_page.ipynb #8adfbb81
 def _figures(m, said):
     "Figures of a metric, or of a question of the audit, as HTML cells; `said` if beyond chance"
-    def shown(v): return f'{v:.3f}' if v==v else '–'
     row = {'synth': f"{m['synth' if 'synth' in m else 'value']:.3f}"}
-    if 'control' in m: row['real control'] = shown(m['control'])
+    if 'control' in m: row['real control'] = _shown(m['control'])
     row['range of chance'] = f"{m['low']:.3f} to {m['high']:.3f}"
     row['p'] = f"{m['p']:.3f}"
     row['verdict'] = f'<b class="bad">{said}</b>' if said else '<b class="ok">as chance</b>'
-    return row | {f'null: {k}': f'<span class="n">{shown(v)}</span>' for k,v in m.get('nulls', {}).items()}
+    return row | {f'null: {k}': f'<span class="n">{_shown(v)}</span>' for k,v in m.get('nulls', {}).items()}
 
 def _explained(name, m):
     "Name of a metric with its sentence, and the interval where there is one"
@@ -424,7 +425,7 @@ Poisson noise at the means.</p>
 def _pairs(types):
     "The table of types with synth and, in brackets, control in one column"
     def pair(r, m):
-        synth,control = (f'{v:.2f}' if v==v else '–' for v in (r[f'{m}, synth'],r[f'{m}, control']))
+        synth,control = (_shown(r[f'{m}, {side}'], '.2f') for side in ('synth','control'))
         return f'{synth} <span class="n">({control})</span>'
     own = [c for c in types if c.endswith(' cells')]
     names = [c.removesuffix(', synth') for c in types if c.endswith(', synth')]

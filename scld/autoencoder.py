@@ -440,3 +440,30 @@ def calibrate(self:Autoencoder,
             seen,expected = seen+x.sum(0),expected+mean.sum(0)
         self.decoder[-1].bias[:len(seen)] += ((seen+1)/(expected+1)).log()
     return self
+
+# %% ../nbs/01_autoencoder.ipynb #59c99bfb
+@patch
+@torch.no_grad()
+def place_gain(self:Autoencoder,
+    counts:torch.Tensor, # Counts of cells that were not learnt from, shape (n, n_genes)
+    label:torch.Tensor, # Number of each cell's label, shape (n,)
+    draws:int=4, # Draws of the latents' noise
+)->torch.Tensor: # Gain of each cell, shape (n,), in nats
+    "What a cell saves by its label's own place, equation (A17)"
+    middle = self.centre(label).mean(0)
+    def cost(x, m, noise):
+        z,s = self.posterior(x)
+        z = z+s**2*m
+        return self.likelihood.nll(self.heard(z+s*noise)[0], x)+latent_kl(z, s, m)
+    def gain(x, own):
+        noises = [torch.randn_like(own) for _ in range(draws)]
+        return sum(cost(x, middle, e)-cost(x, own, e) for e in noises)/draws
+    return torch.cat([gain(*some) for some in zip(counts.split(250), self.centre(label).split(250))])
+
+@patch
+@torch.no_grad()
+def merge_places(self:Autoencoder,
+    label:torch.Tensor, # Labels of some cells, shape (n,)
+):
+    "Put all labels at the mean place of these cells"
+    self.centres[:] = self.centre(label).mean(0)

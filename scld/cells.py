@@ -202,7 +202,7 @@ def batches(self:TrainingCells,
     free[held] = False
     rows = np.flatnonzero(free)
     if self.on_disk: return SimpleNamespace(batches=partial(self.X.batches, among=free)),lambda i: i
-    return len(rows),lambda i: rows[i]
+    return len(rows),lambda i: rows[np.asarray(i)]
 
 # %% ../nbs/04d_cells.ipynb #8ea5394d
 @patch

@@ -92,6 +92,22 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
     "Where the networks are"
     return self.net.denoiser.means.device
 
+# %% ../nbs/05a_model.ipynb #6a57745a
+@patch
+def _confirm_labels(self:SCLD, held, seed):
+    "Make all labels alike, with a warning, where held-out cells do not confirm that they differ, equation (A17)"
+    ae,named = self.net.ae,held[self.training.named[held]]
+    if ae.centres is None or len(ae.centres)<2 or len(named)<20: return
+    cells,label = self.training.labelled(named, self.device)
+    with seeded(seed): gain = ae.place_gain(cells, label)
+    mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
+    if mean>2*error: return
+    ae.merge_places(label)
+    self.net.denoiser.hear(False)
+    warnings.warn(f"{len(named)} held-out cells do not confirm that the labels differ: told apart, they are explained "
+        f"better by {mean:.2f} nats a cell, with a standard error of {error:.2f}. Cells of all labels will be alike. "
+        "Learn from more cells, or choose another column; validation=0 takes the labels at their word")
+
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
@@ -110,6 +126,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
     self.history = record(self.history, 'autoencoder', losses)
+    self._confirm_labels(held, seed)
     if self.settings['likelihood']=='mse': return
     with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
 
@@ -304,11 +321,13 @@ def _read_request(self:SCLD, n):
 
 # %% ../nbs/05a_model.ipynb #83026b92
 @patch
-def _say_unnamed(self:SCLD, request):
-    "Warn that labels were too small to be named, where cells of all types are asked for"
-    if isinstance(request, dict) or not self.unnamed: return
+def _say_of_labels(self:SCLD, request):
+    "Warn of labels that are alike where some are asked for, or too small to be named where all are"
     share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
-    warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
+    alike = "cells of all labels are alike in this model: held-out cells did not confirm that the labels differ"
+    named = isinstance(request, dict)
+    if named and not self.net.denoiser.apart: warnings.warn(alike, stacklevel=3)
+    if share and not named: warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
 @patch
@@ -365,7 +384,7 @@ def sample(self:SCLD,
     cond = conditions(request, self.categories, self._sizes(), seed, holistic=guidance==-1)
     blocks = Blocks(cond, (seed,0), part)
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
-    self._say_unnamed(request)
+    self._say_of_labels(request)
     least = floor if isinstance(request, dict) else 0.
     cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, heard=guidance>=0)
     how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))

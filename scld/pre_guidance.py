@@ -64,8 +64,8 @@ conditions = dict(contrast=contrast, mean=lambda means: means)
 
 # %% ../nbs/04_pre_guidance.ipynb #f15d16b9
 def _hear(denoiser, keys):
-    "Make the conditions anew from means that were loaded"
-    denoiser.heard = denoiser.condition(denoiser.means)
+    "Make the conditions anew from what was loaded"
+    denoiser.hear(denoiser.apart)
 
 # %% ../nbs/04_pre_guidance.ipynb #c31b0e8e
 class Denoiser(nn.Module):
@@ -79,8 +79,14 @@ class Denoiser(nn.Module):
         self.unet,self.embed = unet,Embed(means.shape[1], unet.n_emb)
         self.condition = choose('condition', condition, conditions)
         self.register_buffer('means', means)
+        self.register_buffer('apart', torch.tensor(True))
         self.register_buffer('heard', self.condition(means), persistent=False)
         self.register_load_state_dict_post_hook(_hear)
+    def hear(self, apart):
+        "Let labels have conditions of their own, or all the global one where `apart` is false"
+        self.apart.fill_(apart)
+        conditions = self.condition(self.means)
+        self.heard = conditions if self.apart else conditions[-1:].repeat(len(conditions), 1)
     def forward(self, zt, t, label): return self.unet(zt, t, F.embedding(label, self.embed(self.heard)))
 
 # %% ../nbs/04_pre_guidance.ipynb #2b5ebf85

@@ -214,6 +214,11 @@ def _on_types(sets, types, labels):
     if small:
         out.append("Types of fewer than 30 training cells can hardly be learnt; synthetic cells may repeat them, "
                    f"or be of other types: {', '.join(small)}.")
+    taught = sets['train'].obs[labels].value_counts() if 'train' in sets else {}
+    unknown = [t for t in held.index if taught.get(t, 0)<10] if len(taught) else []
+    if unknown:
+        out.append("Fewer than 10 training cells say what sets these types apart, so fold changes, recognition and "
+                   f"differences leave them out: {', '.join(unknown)}.")
     return out
 
 # %% ../nbs/06k_report.ipynb #557db8e1

@@ -105,11 +105,15 @@ def read_settings(
 )->dict: # A value for each of `defaults`, in plain numbers
     "Checked settings; `TypeError` for a name that does not exist, `ValueError` for a value out of range"
     given = given or {}
-    if config not in configs: raise ValueError(f"no config {config!r}; choose from {list(configs)}")
+    if config not in list(configs): raise ValueError(f"no config {config!r}; choose from {list(configs)}")
     for k,v in given.items():
         if k not in defaults: raise TypeError(f"no setting {k!r}{meant(k, v)}; the settings are {list(defaults)}")
-    squared = dict(noise=0., prior=0., label_sd=0.) if given.get('likelihood')=='mse' else {}
+    squared = dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}
     s = {**defaults, **configs[config], **squared, **given}
+    if s['noise']==0 and given.get('label_sd'):
+        raise ValueError(f"label_sd={s['label_sd']} needs noise on the latents, which noise=0 and likelihood='mse' "
+                         "take away; set label_sd=0")
+    if s['noise']==0: s['label_sd'] = 0.
     for k,known in choices.items():
         if s[k] not in list(known): raise ValueError(f"no {k} {s[k]!r}; choose from {list(known)}")
     s = {k: in_range(k, v, ranges[k]) if k in ranges else v for k,v in s.items()}

@@ -240,7 +240,7 @@ def turns(
 def chosen(
     counts, # Counts of training cells, CSR or dense, shape (n, n_genes)
     label=None, # Label of each cell, shape (n,); without labels, only pairs are chosen
-)->dict: # `pairs` and `level`; with labels `changes` and `markers`, genes by label, and `x` and `label` for `most_different`
+)->dict: # `pairs` and `level`; with labels `changes` and `markers` (genes by label), `x` and `label` of these cells
     "What training cells choose for others to be judged by"
     out = dict(pairs=exclusive_pairs(counts), level=levels(counts))
     if label is None: return out

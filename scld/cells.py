@@ -84,7 +84,8 @@ def under_other_names(
     min_label:int, # Labels with fewer cells are not kept
 )->str: # For a warning
     "A sentence on cells whose labels are too small to be named"
-    lost = f"{share:.0%} of the training cells have labels of fewer than min_label={min_label} cells"
+    much = f'{share:.0%}' if share>=0.005 else 'less than 1%'
+    lost = f"{much} of the training cells have labels of fewer than min_label={min_label} cells"
     return f"{lost}; as large a share of the synthetic cells carries the names of labels they are most like"
 
 # %% ../nbs/04d_cells.ipynb #1bb6b936

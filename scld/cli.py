@@ -22,6 +22,7 @@ _options = { # What the library advises: what to do on the command line
     r'(read_counts\(…, )?drop_empty=True\)?': '--drop_empty',
     r'(read_counts\(…, )?round_counts=True\)?': '--round_counts',
     r'\bresume=True': '--resume',
+    '; the setting validation=0 takes labels at their word': '',
     r'\bfloor=0\b': '--floor 0',
     r'\b(threads|steps|min_label|guidance|keep|floor)=(\S+) must be': r'--\1 \2 must be',
     r'\bkeep must be 1': '--keep must be 1',

@@ -106,7 +106,7 @@ def _confirm_labels(self:SCLD, held, seed):
     self.net.denoiser.hear(False)
     warnings.warn(f"{len(named)} held-out cells do not confirm that the labels differ: told apart, they are explained "
         f"better by {mean:.2f} nats a cell, with a standard error of {error:.2f}. Cells of all labels will be alike. "
-        "Learn from more cells, or choose another column; validation=0 takes the labels at their word")
+        "Learn from more cells, or choose another column; the setting validation=0 takes labels at their word")
 
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch

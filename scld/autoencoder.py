@@ -451,13 +451,13 @@ def place_gain(self:Autoencoder,
 )->torch.Tensor: # Gain of each cell, shape (n,), in nats
     "What a cell saves by its label's own place, equation (A17)"
     middle = self.centre(label).mean(0)
-    def cost(x, m, noise):
-        z,s = self.posterior(x)
-        z = z+s**2*m
-        return self.likelihood.nll(self.heard(z+s*noise)[0], x)+latent_kl(z, s, m)
     def gain(x, own):
+        free,s = self.posterior(x)
+        def cost(m, noise):
+            z = free+s**2*m
+            return self.likelihood.nll(self.heard(z+s*noise)[0], x)+latent_kl(z, s, m)
         noises = [torch.randn_like(own) for _ in range(draws)]
-        return sum(cost(x, middle, e)-cost(x, own, e) for e in noises)/draws
+        return sum(cost(middle, e)-cost(own, e) for e in noises)/draws
     return torch.cat([gain(*some) for some in zip(counts.split(250), self.centre(label).split(250))])
 
 @patch

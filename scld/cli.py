@@ -247,6 +247,7 @@ def write_numbers(
     **about, # What the numbers are about
 ):
     "Write the numbers of a report, and what they are about"
+    if len(report.judges): about['judges'] = report.judges.to_dict('index')
     text = json.dumps(dict(about, metrics=report.metrics), indent=1, default=float)
     (folder/'metrics.json').write_text(text, encoding='utf-8')
 
@@ -260,6 +261,7 @@ def evaluate(
     layer:str=None, # Layer that holds the counts; synthetic cells may have theirs in `X`
     labels:str=None, # Column of `obs` with the types of cells, in all files
     trees:int=100, # Trees of the forests; 1,000 for the published protocol
+    judges:str=None, # Other people's judges to ask too, with commas between: cell-eval, gge, anonymeter, or all
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 ):
@@ -268,7 +270,8 @@ def evaluate(
     from scld.report import evaluate as compare
     from scld.storage import whole_folder
     with whole_folder(out) as tmp:
-        report = compare(held, synth, train, labels, trees, seed=seed, layer=layer, round_counts=round_counts)
+        how = dict(seed=seed, layer=layer, round_counts=round_counts, judges=judges or ())
+        report = compare(held, synth, train, labels, trees, **how)
         files = {k: f and Path(f).name for k,f in dict(held=held, synth=synth, train=train).items()}
         about = dict(files, settings=report.settings, privacy=report.privacy, warnings=report.warnings)
         write_numbers(tmp, report, **about)

@@ -14,6 +14,7 @@ from html import escape
 import numpy as np, pandas as pd
 from .data import lognorm
 from .differences import fold_changes,largest_changes,shared_labels
+from .judges import judges_guide
 from .metrics import pool_pcs
 from .privacy import audit_space,nearest
 
@@ -449,9 +450,22 @@ def _privacy_section(report):
 <p class="n">Are synthetic cells closer to the training cells than to real cells the generator never saw?</p>
 {_table(_judged(report['privacy'], lambda m: 'leaks' if m['caught'] else ''))}'''
 
+# %% ../nbs/06j_page.ipynb #1b447608
+def _judges_section(report):
+    "What other people's judges say, as HTML; nothing where nobody was asked"
+    said = report['settings'].get('judges')
+    if not said: return ''
+    def name(k): return f'{escape(k)}<small>{judges_guide.get(k, "")}</small>'
+    columns = dict(synth='synth', control='real control', permuted='null: permuted')
+    rows = report['judges'].rename(index=name, columns=columns).astype(float)
+    return f'''<h2>Other people's judges</h2>
+<p class="n">The same judge on synthetic cells, on other real cells (the goal) and on real cells whose genes were dealt
+anew within types. {escape('; '.join(said.values()))}</p>
+{_table(rows) if len(rows) else ''}'''
+
 # %% ../nbs/06j_page.ipynb #7e93773b
 def html(
-    report:dict, # `metrics`, `types`, `privacy`, `warnings`, `cells`, `settings`
+    report:dict, # `metrics`, `types`, `privacy`, `warnings`, `cells`, `settings`, and `judges` if any were asked
     verdict:str, # What the tests together say
     title:str='Synthetic cells beside real ones', # Heading
     note:str='', # A sentence under the heading, such as what was compared
@@ -473,5 +487,6 @@ def html(
 {_metrics_section(report)}
 {_types_section(report)}
 {_privacy_section(report)}
+{_judges_section(report)}
 <footer>scld {s['version']}; {s['n_genes']:,} genes; {s['n_trees']} trees, at most 30 for nulls and types;
 {s['n_perm']} deals; seed {s['seed']}.</footer></html>'''

@@ -7,7 +7,7 @@ __all__ = ['Report', 'evaluate', 'sweep_guidance']
 
 # %% ../nbs/06k_report.ipynb #6c27dc66
 import sys,warnings
-from dataclasses import dataclass
+from dataclasses import dataclass,field
 from html import escape
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -20,6 +20,7 @@ from .biology import (coexpression,gene_metrics,label_distance,label_f1,library_
                           per_label)
 from .data import lognorm
 from .differences import yardstick
+from .judges import named_judges,opinion,opinions_text
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,permute_genes,
                           poisson_cells,pool_pcs,rf_auc,sides)
 from .page import figure,guide,html,word
@@ -231,9 +232,14 @@ class Report:
     warnings:list # Sentences on what cannot be concluded, and why
     cells:dict # The sets compared, by name, as AnnData of counts: `held`, `synth`, `train`
     settings:dict # How it was computed
+    judges:pd.DataFrame = field(default_factory=pd.DataFrame) # What other people's judges say; empty if none was asked
 
-    def __repr__(self): return self.table().to_string()+'\n'+self.verdict()
-    def _repr_html_(self): return self.table().to_html()+f'<p>{escape(self.verdict())}</p>'
+    def __repr__(self):
+        said = opinions_text(self.judges, self.settings.get('judges'))
+        return '\n'.join(filter(None, (self.table().to_string(), self.verdict(), said)))
+    def _repr_html_(self):
+        said = opinions_text(self.judges, self.settings.get('judges'))
+        return self.table().to_html()+f'<p>{escape(self.verdict())}</p>'+(f'<pre>{escape(said)}</pre>' if said else '')
 
 # %% ../nbs/06k_report.ipynb #0c90742d
 @patch
@@ -299,6 +305,14 @@ def _beside(found, scores, control, ruined, n, seed):
         return {key: v for key,v in m.items() if key!='value'}
     return {k: row(k, m) for k,m in found.items()}
 
+# %% ../nbs/06k_report.ipynb #a0357cf5
+def _opinions(asked, cells, labels, seed, has_train, progress):
+    "What judges say, as one table, and for the settings who judged or why not; nothing if nobody is asked"
+    if not asked: return pd.DataFrame(),{}
+    todo = {k: lambda j=j: opinion(j, cells, labels, seed, has_train) for k,j in asked.items()}
+    done = _steps(todo, progress)
+    return pd.concat([rows for rows,_ in done.values()]),dict(judges={k: said for k,(_,said) in done.items()})
+
 # %% ../nbs/06k_report.ipynb #fbbad766
 def evaluate(
     held:AnnData|str|Path, # Real cells that the generator has not seen; an AnnData or the path of a file
@@ -313,8 +327,10 @@ def evaluate(
     layer:str|None=None, # Layer that holds the counts; synthetic cells may have theirs in `X`
     round_counts:bool=False, # Round values to whole numbers first?
     progress:bool=True, # Show a bar on stderr?
+    judges:str|tuple=(), # Other people's judges to ask too, by name, or 'all': see `06d_judges`
 )->Report: # Tables, figures, HTML
     "How well synthetic cells pass for real ones, beside control, chance and nulls"
+    asked = named_judges(judges)
     sets = dict(held=held, synth=synth) if train is None else dict(held=held, synth=synth, train=train)
     sets,said = read_sets(sets, labels, layer, round_counts)
     if train is not None: said += overlap(sets['held'].X, sets['train'].X)
@@ -328,7 +344,8 @@ def evaluate(
                     version=__version__, labels=labels)
     said = _doubts(sets, metrics, privacy, n)+_named(sets, metrics, rows)+said+_not_given(sets, labels)
     if labels: said += _on_types(sets, types, labels)
-    return Report(metrics, types, privacy, said, cells, settings)
+    opinions,settings_of = _opinions(asked, cells, labels, seed, train is not None, progress)
+    return Report(metrics, types, privacy, said, cells, settings|settings_of, opinions)
 
 # %% ../nbs/06k_report.ipynb #881ae97a
 @patch

@@ -183,7 +183,8 @@ def to_judge(
         control = drawn['held'][n:].copy()
     else:
         cut = alike(cells, labels, seed)
-        held,synth,control,train = cut['held'],cut['synth'],cut['train'],cells['train']
+        held,synth,control = (cut[k] for k in ('held','synth','train'))
+        train = cells['train']
     return held,train,dict(synth=synth, control=control, permuted=permuted(control, labels, seed))
 
 # %% ../nbs/06d_judges.ipynb #3d4b2d21
@@ -206,8 +207,8 @@ def opinion(
             rows = pd.DataFrame(said).rename(lambda name: f'{judge.name}: {name}')
             rows = rows.astype(float).round(9) # Sums of polars have no fixed order
     except Exception as e:
-        why = ' '.join(str(e).split())[:200]
-        return none,f"{judge.name} could not judge: {type(e).__name__}: {why}"
+        kind = '' if isinstance(e, ValueError) else f'{type(e).__name__}: '
+        return none,f"{judge.name} could not judge: {kind}{' '.join(str(e).split())[:200]}"
     return rows,f"{judge.name} {version(judge.package)}" if judge.package else judge.name
 
 # %% ../nbs/06d_judges.ipynb #6ecf017c
@@ -216,8 +217,8 @@ judges_guide = {
         'discovery rate 5 %): share that is significant in the other set too; mean over types. More is better.',
     'cell-eval: number of significant genes': 'As many as among held-out cells: 1. Fewer: types are too alike or cells '
         'too noisy; more: differences are exaggerated.',
-    'cell-eval: correlation of differences': 'Correlation, over genes, of the difference between a type and the mean type '
-        '(pearson_delta). More is better.',
+    'cell-eval: correlation of differences': 'Correlation, over genes, of the difference between a type and the '
+        'mean type (pearson_delta). More is better.',
     'cell-eval: discrimination': 'Is the difference of a type nearer to that of the same type among held-out cells '
         'than to those of other types? 1: always the nearest (discrimination_score_l1).',
     'gge: MMD × 10³': 'Kernel distance between cells of a type in 30 components, mean over types. Less is better.',

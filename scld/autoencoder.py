@@ -236,6 +236,7 @@ class Autoencoder(nn.Module):
         self.encoder = two(self.features.n_out, n_latent if noise is not None else 2*n_latent)
         self.decoder = two(n_latent, self.likelihood.n_out)
         self.centres = nn.Parameter(torch.zeros(n_labels, n_latent)) if n_labels and noise!=0 else None
+        self.register_buffer('shifts', None if self.centres is None else torch.zeros(n_labels, n_genes))
         self.n_cells = torch.inf   # known to training alone
 
 # %% ../nbs/01_autoencoder.ipynb #a1d68d45
@@ -269,21 +270,33 @@ def encode(self:Autoencoder,
 
 # %% ../nbs/01_autoencoder.ipynb #d1d66973
 @patch
+def outputs(self:Autoencoder,
+    z:torch.Tensor, # Latents, shape (n, n_latent)
+    shift:torch.Tensor|float=0., # Added to the outputs that are means, shape (n, n_genes) or (n, 1)
+)->torch.Tensor: # Decoder output, shape (n, n_out)
+    "What the likelihood makes counts of"
+    h = self.decoder(z)
+    h[:,:self.likelihood.n_genes] += shift
+    return h
+
+@patch
 def decode(self:Autoencoder,
     z:torch.Tensor, # Latents, shape (n, n_latent)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
+    shift:torch.Tensor|float=0., # Of `outputs`
 )->torch.Tensor: # Expected counts, shape (n, n_genes)
     "*Map*: the counts expected of a latent, equation (4)"
-    return self.likelihood.mean(self.decoder(z), library)
+    return self.likelihood.mean(self.outputs(z, shift), library)
 
 @patch
 def draw(self:Autoencoder,
     z:torch.Tensor, # Latents, shape (n, n_latent)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
     rng:np.random.Generator, # Source of randomness
+    shift:torch.Tensor|float=0., # Of `outputs`
 )->np.ndarray: # Whole numbers, shape (n, n_genes)
     "New counts of a latent"
-    return self.likelihood.draw(self.decoder(z), library, rng)
+    return self.likelihood.draw(self.outputs(z, shift), library, rng)
 
 # %% ../nbs/01_autoencoder.ipynb #46d12224
 @patch
@@ -467,3 +480,32 @@ def merge_places(self:Autoencoder,
 ):
     "Put all labels at the mean place of these cells"
     self.centres[:] = self.centre(label).mean(0)
+
+# %% ../nbs/01_autoencoder.ipynb #b497897b
+@patch
+def shift(self:Autoencoder,
+    label:torch.Tensor, # Number of each cell's label, shape (n,); `n_labels`: no label
+)->torch.Tensor: # Shift of the outputs of each cell, shape (n, n_genes); (n, 1) where labels have no places
+    "$\delta_k$ of (A18), 0 for a cell without a label"
+    if self.centres is None: return torch.zeros(len(label), 1, device=label.device)
+    return F.embedding(label, F.pad(self.shifts, (0,0,0,1)))
+
+@patch
+@torch.no_grad()
+def calibrate_labels(self:Autoencoder,
+    batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,)
+    n:torch.Tensor, # Number of cells of each label, shape (n_labels,)
+    rounds:int=2, # Passes over the batches
+)->Autoencoder: # Itself
+    "Shift the outputs of each label until expected totals are the observed ones, equation (A18)"
+    for _ in range(rounds):
+        (seen,expected),rows = torch.zeros(2, *self.shifts.shape, device=n.device),torch.zeros_like(n)
+        for x,label in batches():
+            z,s = self.posterior(x, label)
+            mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True), self.shift(label))
+            seen.index_add_(0, label, x)
+            expected.index_add_(0, label, mean)
+            rows += torch.bincount(label, minlength=len(n))
+        share = (n/rows.clamp(min=1))[:,None]
+        self.shifts += ((1+share*seen)/(1+share*expected)).log()
+    return self

@@ -222,12 +222,13 @@ def sample(self:TrainingCells,
 def evenly(self:TrainingCells,
     at_most:int=4000, # Cells of all labels
     seed:int=0, # Same seed, same cells
+    at_least:int=0, # Rows of each label; cells of smaller ones are repeated, all about as often
 )->np.ndarray: # Row numbers, sorted
     "Cells of each label, as many of each as there are or as may be"
     K = len(self.categories)
     order = np.random.default_rng(seed).permutation(len(self))
     rows = [order[self.code[order]==k][:max(at_most//K, 50)] for k in range(K)]
-    return np.sort(np.concatenate(rows))
+    return np.sort(np.concatenate([np.resize(r, max(len(r), at_least)) for r in rows]))
 
 # %% ../nbs/04d_cells.ipynb #fa61f3c5
 @patch

@@ -129,6 +129,9 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     self._confirm_labels(held, seed)
     if self.settings['likelihood']=='mse': return
     with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
+    if ae.centres is None or not self.net.denoiser.apart: return
+    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'], device=self.device)
+    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n)
 
 # %% ../nbs/05a_model.ipynb #80868348
 @patch
@@ -191,6 +194,7 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
 @torch.no_grad()
 def _denoise_and_draw(self:SCLD,
     denoiser, # Noise predictor, called with (zt, t, cond)
+    shift, # Function of `cond` to the shift of the decoder's outputs (A18)
     times:list, # Steps of the schedule to visit, the noisiest first
     zT:np.ndarray, # Standard normal noise to start from, shape (n, n_latent+1)
     cond:np.ndarray, # Condition of each cell, shape (n, …)
@@ -201,7 +205,7 @@ def _denoise_and_draw(self:SCLD,
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
     library = self.net.depth.inverse(raw[:,-1:])
-    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds))
+    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), shift(cond))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
     score = self.net.scorer.score(torch.from_numpy(counts).to(z)) if self.scored else torch.full((len(z),), torch.nan)
@@ -211,6 +215,7 @@ def _denoise_and_draw(self:SCLD,
 @patch
 def _draw(self:SCLD,
     denoiser, # Noise predictor, called with (zt, t, cond)
+    shift, # Function of `cond` to the shift of the decoder's outputs
     times:list, # Steps of the schedule to visit, the noisiest first
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     rng:np.random.Generator, # The block's own randomness
@@ -218,7 +223,7 @@ def _draw(self:SCLD,
     "The cells of a block, or its candidates"
     n,seeds = len(cond),rng.bit_generator.seed_seq.spawn(len(cond))
     zT = rng.standard_normal((n,len(self.net.scale.mean)), dtype=np.float32)
-    return in_parts(partial(self._denoise_and_draw, denoiser, times), zT, cond, seeds)
+    return in_parts(partial(self._denoise_and_draw, denoiser, shift, times), zT, cond, seeds)
 
 # %% ../nbs/05a_model.ipynb #3211583e
 @patch
@@ -232,7 +237,7 @@ def _block(self:SCLD,
 )->tuple: # Counts (CSR), latents, scores and conditions, n rows each
     "Draw candidates, score them, keep the best"
     cond = candidates(label, keep)
-    X,z,score = self._draw(self.net.denoiser.guided(guidance), times, cond, rng)
+    X,z,score = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
     best = keep_best(score, cond, Counter(label.tolist()))
     return X[best],z[best],score[best],cond[best]
 
@@ -408,10 +413,12 @@ def interpolate(self:SCLD,
     for k in (a,b): self._read_request({k: 1})
     ends = [self.categories.index(k) for k in (a,b)]
     times,denoiser = snr_timesteps(self.sched, steps),self.net.denoiser.guided(guidance)
-    def between(zt, t, r):
-        start,end = (denoiser(zt, t, torch.full_like(t, k)) for k in ends)
+    def between(r, of): # What both ends are given, mixed
+        start,end = (of(torch.full(r.shape, k, device=r.device)) for k in ends)
         return torch.lerp(start, end, r[:,None])
-    def make(rng, r): return *self._draw(between, times, r, rng),np.full(len(r), len(self.categories))
+    def noise(zt, t, r): return between(r, partial(denoiser, zt, t))
+    def shift(r): return between(r, self.net.ae.shift)
+    def make(rng, r): return *self._draw(noise, shift, times, r, rng),np.full(len(r), len(self.categories))
     r = np.linspace(0, 1, n, dtype=np.float32)
     cells = Recognition(self.net.labeller, self.label_table).watch(Blocks(r, (seed,1)).each(make))
     cells = self._anndata(dict(how, n=f'{n} from {a} to {b}', keep=1.), 0, *join(cells))

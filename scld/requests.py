@@ -123,20 +123,21 @@ class PerRow:
 
 # %% ../nbs/04a_requests.ipynb #f07dd371
 def draw_seen(
-    ae, # What has `draw(z, library, rng)` and `decode(z, library)`, such as an `Autoencoder`
+    ae, # What has `draw(z, library, rng, *more)` and `decode(z, library, *more)`, such as an `Autoencoder`
     z:torch.Tensor, # Latents, shape (n, n_latent)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
     rng:PerRow, # A stream for each cell
+    *more, # What else `ae` needs of each cell, such as a shift, shape (n, …)
     tries:int=100, # Times to draw again
 )->np.ndarray: # Whole numbers, shape (n, n_genes), none of the rows all 0
     "Counts of cells in which something was seen"
-    counts = ae.draw(z, library, rng)
+    counts = ae.draw(z, library, rng, *more)
     for _ in range(tries):
         empty = np.flatnonzero(counts.sum(1)==0)
         if not len(empty): return counts
-        counts[empty] = ae.draw(z[empty], library[empty], rng[empty])
+        counts[empty] = ae.draw(z[empty], library[empty], rng[empty], *(v[empty] for v in more))
     empty = np.flatnonzero(counts.sum(1)==0)
-    most = ae.decode(z[empty], library[empty]).argmax(1).cpu().numpy()
+    most = ae.decode(z[empty], library[empty], *(v[empty] for v in more)).argmax(1).cpu().numpy()
     counts[empty,most] = 1
     return counts
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['program', 'as_options', 'goes_on', 'main', 'free_name', 'keep_genes', 'split', 'run_folder', 'clear_run', 'fit',
-           'read_cells', 'read_part', 'sample', 'write_numbers', 'evaluate', 'audit', 'demo_results', 'demo']
+           'read_cells', 'read_part', 'sample', 'write_numbers', 'third_mark', 'evaluate', 'audit', 'demo_results',
+           'demo']
 
 # %% ../nbs/08_cli.ipynb #5329008f
 import json,os,re,sys,time,warnings
@@ -251,6 +252,32 @@ def write_numbers(
     text = json.dumps(dict(about, metrics=report.metrics), indent=1, default=float)
     (folder/'metrics.json').write_text(text, encoding='utf-8')
 
+# %% ../nbs/08_cli.ipynb #e949fcc3
+def third_mark(
+    folder:str, # Folder of the model that made the synthetic cells
+    held:str, # Real cells that it has not seen
+    synth:str, # Its cells
+    keep:str|None=None, # Folder to keep the cells of the fit in; read if it is there
+    labels:str|None=None, # Column of `obs` with the types of cells
+    layer:str|None=None, # Layer that holds the counts
+    round_counts:bool=False, # Round values to whole numbers first?
+    seed:int=0, # Same seed, same cells
+)->tuple: # Held-out, synthetic and training cells
+    "Cells of a perfect fit, as many as there are real and synthetic ones"
+    from scld.model import SCLD
+    from scld.perfect import drawn_with,kept_fit,perfect_fit
+    from scld.privacy import read_sets
+    model = SCLD.load(folder)
+    if labels not in (None,model.labels):
+        raise ValueError(f"the model in {folder} has its types in {model.labels!r}, not in {labels!r}; "
+                         f"give --labels {model.labels!r}, or leave out --perfect")
+    cells = read_sets(dict(held=held, synth=synth), labels, layer, round_counts)[0]
+    other = len(set(model.genes)^set(cells['held'].var_names))
+    if other: raise ValueError(f"{held} and the model in {folder} differ in {other:,} genes; take those of the model")
+    how = dict(seed=seed, how=drawn_with(synth, model))
+    if keep: return kept_fit(keep, model, cells['held'], cells['synth'], **how)
+    return perfect_fit(model, cells['held'], cells['synth'], **how)
+
 # %% ../nbs/08_cli.ipynb #0b2d60db
 @program.command
 def evaluate(
@@ -262,16 +289,20 @@ def evaluate(
     labels:str=None, # Column of `obs` with the types of cells, in all files
     trees:int=100, # Trees of the forests; 1,000 for the published protocol
     judges:str=None, # Other people's judges to ask too, with commas between: cell-eval, gge, anonymeter, or all
+    perfect:str=None, # Folder of the model that made `synth`: show what a right model of as many cells scores, too
+    perfect_cells:str=None, # Folder to keep the cells of that fit in, and to read them from if it is there
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 ):
     "Show how well synthetic cells pass for real ones"
     out = free_name(out, folder=True)
+    if perfect_cells and not perfect: raise ValueError("--perfect_cells needs --perfect, the folder of the model")
     from scld.report import evaluate as compare
     from scld.storage import whole_folder
+    how = dict(seed=seed, layer=layer, round_counts=round_counts)
+    third = third_mark(perfect, held, synth, perfect_cells, labels, **how) if perfect else None
     with whole_folder(out) as tmp:
-        how = dict(seed=seed, layer=layer, round_counts=round_counts, judges=judges or ())
-        report = compare(held, synth, train, labels, trees, **how)
+        report = compare(held, synth, train, labels, trees, judges=judges or (), perfect=third, **how)
         files = {k: f and Path(f).name for k,f in dict(held=held, synth=synth, train=train).items()}
         about = dict(files, settings=report.settings, privacy=report.privacy, warnings=report.warnings)
         write_numbers(tmp, report, **about)

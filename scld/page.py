@@ -353,6 +353,7 @@ def _figures(m, said):
     "Figures of a metric, or of a question of the audit, as HTML cells; `said` if beyond chance"
     row = {'synth': f"{m['synth' if 'synth' in m else 'value']:.3f}"}
     if 'control' in m: row['real control'] = _shown(m['control'])
+    if 'perfect' in m: row['perfect fit'] = _shown(m['perfect'])
     row['range of chance'] = f"{m['low']:.3f} to {m['high']:.3f}"
     row['p'] = f"{m['p']:.3f}"
     row['verdict'] = f'<b class="bad">{said}</b>' if said else '<b class="ok">as chance</b>'
@@ -409,9 +410,15 @@ def _found(report):
     return differ or any(m['caught'] or m.get('cells', 0)>0 for m in report['privacy'].values())
 
 # %% ../nbs/06j_page.ipynb #881ae97a
+_perfect = """
+<b>Perfect fit</b>: this model's own cells in place of real ones, and a new model fitted to {n_train} of them. A right
+model fitted to as many cells scores no better: cells of a model are simpler than real ones, so the mark is a lower
+bound."""
+
 def _metrics_section(report):
     "All metrics, explained, as HTML"
     n,k = (report['settings'][s] for s in ('n_cells','n_tests'))
+    third = _perfect.format(**report['settings']['perfect']) if 'perfect' in report['settings'] else ''
     return f'''<h2>Every metric, beside real cells</h2>
 <p class="n">{n} synthetic cells against {n} held-out ones, which are real and which the generator has not seen.
 The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the synthetic ones.
@@ -420,14 +427,14 @@ Outside, it <b>differs</b>, or is <b>nearer than chance</b>: nearer to the held-
 as copies and averages are ({k} tests share a level of 5 %).
 The range belongs to these two sets; the control, another pair, may lie outside.
 <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells,
-Poisson noise at the means.</p>
+Poisson noise at the means.{third}</p>
 {_table(_judged(report['metrics'], word))}'''
 
 def _pairs(types):
-    "The table of types with synth and, in brackets, control in one column"
+    "The table of types with synth and, in brackets, control and perfect fit in one column"
     def pair(r, m):
-        synth,control = (_shown(r[f'{m}, {side}'], '.2f') for side in ('synth','control'))
-        return f'{synth} <span class="n">({control})</span>'
+        synth,*marks = (_shown(r[f'{m}, {s}'], '.2f') for s in ('synth','control','perfect') if f'{m}, {s}' in r)
+        return f'{synth} <span class="n">({" · ".join(marks)})</span>'
     own = [c for c in types if c.endswith(' cells')]
     names = [c.removesuffix(', synth') for c in types if c.endswith(', synth')]
     rows = {k: {c: f'{r[c]:.0f}' for c in own} | {m: pair(r, m) for m in names} for k,r in types.iterrows()}
@@ -436,8 +443,9 @@ def _pairs(types):
 def _types_section(report):
     "The table of types as HTML; nothing without labels"
     if not len(report['types']): return ''
+    marks = 'other real cells'+' and a perfect fit'*('perfect' in report['settings'])
     return f'''<h2>Type by type</h2>
-<p class="n">Synthetic cells and, in brackets, other real cells; good: the same. Forest on 50 components; share of the
+<p class="n">Synthetic cells and, in brackets, {marks}; good: the same. Forest on 50 components; share of the
 20 best marker genes found again; F1 of a classifier of types trained on these cells and tested on held-out ones; share
 of the significant genes that are found, and of significant genes that are false (5 %, against held-out cells); part of
 the fold changes that is there; recognised as their type, over held-out cells. – : too few cells.</p>

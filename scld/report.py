@@ -222,6 +222,27 @@ def _on_types(sets, types, labels):
                    f"differences leave them out: {', '.join(unknown)}.")
     return out
 
+# %% ../nbs/06k_report.ipynb #1a959333
+def _on_perfect(metrics, types, n_train):
+    "Sentences on what even a perfect fit to so few cells shows, and what it does not"
+    seen = [k for k,m in metrics.items() if m['perfect differs']]
+    own = [k for k,m in metrics.items() if m['differs'] and not m['nearer'] and k not in seen]
+    out = []
+    if seen:
+        out.append(f"Even a perfect fit to {n_train:,} cells differs from real cells in {len(seen)} figures. There, "
+                   "too few cells are at fault more than this model; learn from more cells, or start from a model of a "
+                   f"larger set: {', '.join(seen)}.")
+    if own:
+        out.append(f"A perfect fit to {n_train:,} cells passes where these cells do not. Before you look for more "
+                   f"cells, try more training steps or other settings: {', '.join(own)}.")
+    if 'AUC, perfect' not in types: return out
+    a,b = (types[f'{k} cells'] for k in ('held','synth'))
+    hard = types.loc[types['AUC, perfect']>0.5+3*((a+b+1)/(12*a*b))**0.5,'AUC, perfect']
+    if len(hard):
+        out.append("Types in which a forest distinguishes even a perfect fit; judge yours by that AUC, not by 0.5: "
+                   f"{', '.join(f'{t} ({v:.2f})' for t,v in hard.items())}.")
+    return out
+
 # %% ../nbs/06k_report.ipynb #557db8e1
 @dataclass(repr=False, eq=False)
 class Report:
@@ -244,8 +265,11 @@ class Report:
 # %% ../nbs/06k_report.ipynb #0c90742d
 @patch
 def table(self:Report)->pd.DataFrame: # A row for each metric, rounded
-    "The metrics: synth, control, the range of chance, p, verdict, nulls"
-    def row(m): return {k: m[k] for k in ('synth','control','low','high','p')} | {'verdict': word(m)} | m['nulls']
+    "The metrics: synth, control, a perfect fit where there is one, the range of chance, p, verdict, nulls"
+    def row(m):
+        third = {'perfect fit': m['perfect']} if 'perfect' in m else {}
+        first,chance = ({k: m[k] for k in names} for names in (('synth','control'),('low','high','p')))
+        return first|third|chance|{'verdict': word(m)}|m['nulls']
     return pd.DataFrame({k: row(m) for k,m in self.metrics.items()}).T.infer_objects().round(3)
 
 # %% ../nbs/06k_report.ipynb #efb79dd8
@@ -266,7 +290,41 @@ def verdict(self:Report)->str: # Some sentences
     if verbatim: said += f' Training cells among them, verbatim: {verbatim}.'
     if leaks: said += ' Training cells leak.'
     first = [_asked_first.format(**self.metrics[k], what=what) for k,what in _first.items() if k in self.metrics]
-    return said+''.join(first)
+    return said+''.join(first+self._marks())
+
+@patch
+def _marks(self:Report):
+    "Sentences that place each forest between real cells and a perfect fit; none without a perfect fit"
+    third = {k: m for k,m in self.metrics.items() if k in _forests and 'perfect' in m}
+    return [f" {k}: real cells {m['control']:.2f} · a perfect fit to {self.settings['perfect']['n_train']:,} cells "
+            f"{m['perfect']:.2f} · yours {m['synth']:.2f}." for k,m in third.items()]
+
+# %% ../nbs/06k_report.ipynb #19dcd932
+def _read_perfect(perfect, sets, cells, labels, seed):
+    "The sets of a perfect fit, as many cells of each as are compared, number of its training cells; or nothing"
+    if perfect is None: return None
+    given = perfect if isinstance(perfect, dict) else dict(zip(('held','synth','train'), perfect, strict=True))
+    named = {f'perfect {k}': given[k] for k in ('held','synth','train')}
+    read = read_sets(named, labels)[0]
+    genes,n = cells['held'].var_names,cells['held'].n_obs
+    own = {k: align_genes(read[f'perfect {k}'], genes, f'perfect {k}') for k in ('held','synth','train')}
+    n_train = own['train'].n_obs
+    own = {k: own[k] for k in sets}
+    cut = _cut(own, n, seed)
+    if cut['held'].n_obs<n:
+        raise ValueError(f"the perfect fit has {cut['held'].n_obs} cells a side, and {n} are compared; make it with as "
+                         "many held, synthetic and training cells as there are")
+    return own,cut,n_train
+
+# %% ../nbs/06k_report.ipynb #1ec60da1
+def _of_perfect(fit, labels, n_trees, n_perm, seed, level=0.05):
+    "What chance says of a perfect fit, and its table of types"
+    sets,cells,_ = fit
+    got,_,rows = _compare(cells['held'], cells['synth'], _choosers(sets, cells, seed), labels, n_trees, n_perm, seed)
+    found = {k: _judge(k, v, level/(len(got)+4*('train' in sets))) for k,v in got.items()}
+    if not labels: return found,pd.DataFrame()
+    types = _with_changes(_by_type(*cells.values(), labels, min(n_trees, 30), seed), rows, {})
+    return found,types.filter(like=', synth').rename(columns=lambda c: c.replace(', synth', ', perfect'))
 
 # %% ../nbs/06k_report.ipynb #432df6ed
 def _steps(todo, progress):
@@ -280,27 +338,31 @@ def _steps(todo, progress):
     return out
 
 # %% ../nbs/06k_report.ipynb #09c3af51
-def _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress):
-    "The tests, the control, what ruined cells score, the table of types"
+def _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress, fit=None):
+    "The tests, the control, what ruined cells score, a perfect fit if there is one, the table of types"
     held,few = cells['held'],min(n_trees, 30)
     ruined = _nulls(cells['train'], labels, seed) if nulls else {}
     def beside(a, n_trees): return _compare(held, a, _choosers(sets, cells, seed), labels, n_trees, 0, seed)
     todo = {'synth': lambda: _tests(sets, cells, labels, n_trees, n_perm, seed),
             'control': lambda: beside(cells['train'], n_trees)}
+    if fit: todo['perfect fit'] = lambda: _of_perfect(fit, labels, n_trees, n_perm, seed)
     for k,a in ruined.items(): todo[f'null: {k}'] = lambda a=a: beside(a, few)[0]
     if labels: todo['types'] = lambda: _by_type(*cells.values(), labels, few, seed)
     done = _steps(todo, progress)
     types = _with_changes(done['types'], done['synth'][-1], done['control'][-1]) if labels else pd.DataFrame()
-    return done['synth'],done['control'],{k: done[f'null: {k}'] for k in ruined},types
+    third,of_types = done.get('perfect fit', ({},pd.DataFrame()))
+    if labels and fit: types = types.join(of_types)
+    return done['synth'],done['control'],{k: done[f'null: {k}'] for k in ruined},third,types
 
 # %% ../nbs/06k_report.ipynb #abf3b315
-def _beside(found, scores, control, ruined, n, seed):
-    "Every metric with its control, its nulls and, where forests scored cells, the gap to the control"
+def _beside(found, scores, control, ruined, n, seed, third=None):
+    "Every metric with its control, its nulls, a perfect fit and, where forests scored cells, the gap to the control"
     floor,floor_scores,_ = control
     def first(v, k): return float(v[k][0]) if k in v else np.nan # Too few cells of any type may be left
     def row(k, m):
         m = {'synth': m['value'], **m, 'control': first(floor, k), 'n': n}
         m['nulls'] = {b: first(v, k) for b,v in ruined.items()}
+        if third: m |= {'perfect': third[k]['value'], 'perfect differs': third[k]['differs']}
         if k in scores: m['gap'] = [float(v) for v in auc_gap(scores[k], floor_scores[k], seed=seed)]
         return {key: v for key,v in m.items() if key!='value'}
     return {k: row(k, m) for k,m in found.items()}
@@ -328,6 +390,7 @@ def evaluate(
     round_counts:bool=False, # Round values to whole numbers first?
     progress:bool=True, # Show a bar on stderr?
     judges:str|tuple=(), # Other people's judges to ask too, by name, or 'all': see `06d_judges`
+    perfect:tuple|dict|None=None, # Held, synth and train of a perfect fit, from `perfect_fit` of `06l_perfect`
 )->Report: # Tables, figures, HTML
     "How well synthetic cells pass for real ones, beside control, chance and nulls"
     asked = named_judges(judges)
@@ -335,15 +398,19 @@ def evaluate(
     sets,said = read_sets(sets, labels, layer, round_counts)
     if train is not None: said += overlap(sets['held'].X, sets['train'].X)
     cells = _cut(sets, n_cells, seed)
-    parts = _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress)
-    tests,control,ruined,types = parts
+    fit = _read_perfect(perfect, sets, cells, labels, seed)
+    parts = _measure(sets, cells, labels, n_trees, n_perm, seed, nulls, progress, fit)
+    tests,control,ruined,third,types = parts
     found,privacy,scores,n_tests,rows = tests
     n = cells['held'].n_obs
-    metrics = _beside(found, scores, control, ruined, n, seed)
+    metrics = _beside(found, scores, control, ruined, n, seed, third)
     settings = dict(n_cells=n, n_tests=n_tests, n_genes=cells['held'].n_vars, n_trees=n_trees, n_perm=n_perm, seed=seed,
                     version=__version__, labels=labels)
     said = _doubts(sets, metrics, privacy, n)+_named(sets, metrics, rows)+said+_not_given(sets, labels)
     if labels: said += _on_types(sets, types, labels)
+    if fit:
+        settings['perfect'] = dict(n_train=fit[2])
+        said += _on_perfect(metrics, types, fit[2])
     opinions,settings_of = _opinions(asked, cells, labels, seed, train is not None, progress)
     return Report(metrics, types, privacy, said, cells, settings|settings_of, opinions)
 

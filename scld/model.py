@@ -25,6 +25,7 @@ from .dist import fit,processes,wait
 from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
+from .labels import read_labels
 from .pre_guidance import Denoiser,draw_evenly,even_weights
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
 from .scale import Standardize,depths
@@ -199,8 +200,8 @@ def _denoise_and_draw(self:SCLD,
     zT:np.ndarray, # Standard normal noise to start from, shape (n, n_latent+1)
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     seeds:list, # Seed of each cell's counts, of length n
-)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
-    "Denoise, decode, draw and score some cells, Algorithm 2"
+)->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
+    "Denoise, decode and draw some cells, Algorithm 2"
     zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
@@ -208,8 +209,7 @@ def _denoise_and_draw(self:SCLD,
     try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), shift(cond))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
-    score = self.net.scorer.score(torch.from_numpy(counts).to(z)) if self.scored else torch.full((len(z),), torch.nan)
-    return sparse.csr_matrix(counts, dtype=np.float32), z.cpu().numpy(), score.cpu().numpy()
+    return sparse.csr_matrix(counts, dtype=np.float32),z.cpu().numpy()
 
 # %% ../nbs/05a_model.ipynb #b3f1c607
 @patch
@@ -219,11 +219,25 @@ def _draw(self:SCLD,
     times:list, # Steps of the schedule to visit, the noisiest first
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     rng:np.random.Generator, # The block's own randomness
-)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
+)->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
     "The cells of a block, or its candidates"
     n,seeds = len(cond),rng.bit_generator.seed_seq.spawn(len(cond))
     zT = rng.standard_normal((n,len(self.net.scale.mean)), dtype=np.float32)
     return in_parts(partial(self._denoise_and_draw, denoiser, shift, times), zT, cond, seeds)
+
+# %% ../nbs/05a_model.ipynb #c1b46319
+@patch
+@torch.no_grad()
+def _scores(self:SCLD,
+    X:sparse.csr_matrix, # Counts, shape (n, n_genes)
+    label:np.ndarray|None=None, # Number of the label each cell was asked for as, K for none, shape (n,)
+)->np.ndarray: # Shape (n,); missing where there is no scorer
+    "Probability that cells are real, and of their label"
+    if not self.scored: return np.full(X.shape[0], np.nan, np.float32)
+    parts = (torch.from_numpy(X[i:i+1024].toarray()).to(self.device) for i in range(0, X.shape[0], 1024))
+    real = np.concatenate([self.net.scorer.score(p).cpu().numpy() for p in parts])
+    if label is None or not self.net.denoiser.apart: return real
+    return real*self.net.labeller.prob(X, label)
 
 # %% ../nbs/05a_model.ipynb #3211583e
 @patch
@@ -237,7 +251,8 @@ def _block(self:SCLD,
 )->tuple: # Counts (CSR), latents, scores and conditions, n rows each
     "Draw candidates, score them, keep the best"
     cond = candidates(label, keep)
-    X,z,score = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
+    X,z = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
+    score = self._scores(X, cond if guidance>=0 else None)
     best = keep_best(score, cond, Counter(label.tolist()))
     return X[best],z[best],score[best],cond[best]
 
@@ -262,6 +277,15 @@ def _fit_scorer(self:SCLD, steps, seed=0, **kw):
 def _sizes(self:SCLD)->list:
     "How common each condition is: cells by label, and the unnamed ones where there are any"
     return self.label_table['n'].tolist()+[self.unnamed]*(self.unnamed>0)
+
+# %% ../nbs/05a_model.ipynb #6309e549
+@patch
+def _try_labels(self:SCLD, seed):
+    "How often synthetic cells of each label are recognised"
+    every = np.repeat(np.arange(len(self.categories)), 100)
+    tried = Recognition(self.net.labeller, self.label_table)
+    for X,*_,cond in Blocks(every, (seed,2)).each(self._maker()): tried.name(X, cond)
+    self.label_table['synth'] = tried.seen/tried.n
 
 # %% ../nbs/05a_model.ipynb #4271c4e1
 @patch
@@ -301,6 +325,7 @@ def train(self:SCLD,
         self._fit_autoencoder(n['autoencoder'], batch_size=batch_size, checkpoint=kept('autoencoder'), **how)
         self._fit_diffusion(n['diffusion'], batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), **how)
         self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
+        self._try_labels(run['seed'])
     return self
 
 # %% ../nbs/05a_model.ipynb #ac4df64f
@@ -418,7 +443,9 @@ def interpolate(self:SCLD,
         return torch.lerp(start, end, r[:,None])
     def noise(zt, t, r): return between(r, partial(denoiser, zt, t))
     def shift(r): return between(r, self.net.ae.shift)
-    def make(rng, r): return *self._draw(noise, shift, times, r, rng),np.full(len(r), len(self.categories))
+    def make(rng, r):
+        X,z = self._draw(noise, shift, times, r, rng)
+        return X,z,self._scores(X),np.full(len(r), len(self.categories))
     r = np.linspace(0, 1, n, dtype=np.float32)
     cells = Recognition(self.net.labeller, self.label_table).watch(Blocks(r, (seed,1)).each(make))
     cells = self._anndata(dict(how, n=f'{n} from {a} to {b}', keep=1.), 0, *join(cells))
@@ -470,12 +497,17 @@ def score(self:SCLD,
     adata, # Cells to look at: an AnnData or the path of a file
     layer:str|None=None, # Layer that holds the counts; `X` if absent
     missing:str='error', # What to do about genes of the model that are not there: `error`, or `zero` to take them as 0
+    labels:str|None=None, # Column of `obs` with labels of the model, to ask for cells that are real and of their label
 )->np.ndarray: # Score of each cell, from 0 (synthetic) to 1 (real), shape (n_cells,)
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
-    X = in_order(read_counts(adata, layer), self.genes, missing)
-    parts = (torch.from_numpy(X[i:i+1024].toarray()).to(self.device) for i in range(0, X.shape[0], 1024))
-    with steady(): return np.concatenate([self.net.scorer.score(p).cpu().numpy() for p in parts])
+    cells = read_counts(adata, layer)
+    label = None if labels is None else pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
+    if label is not None and (label<0).any():
+        unknown = cells.obs[labels][label<0].astype(str)
+        raise ValueError(f"{(label<0).sum():,} cells have labels that the model does not know, the first "
+                         f"{unknown.iloc[0]!r}; it knows {', '.join(self.categories[:5])}{', …'*(len(self.categories)>5)}")
+    with steady(): return self._scores(in_order(cells, self.genes, missing), label)
 
 # %% ../nbs/05a_model.ipynb #22bf685a
 @patch

@@ -165,6 +165,7 @@ def fit(
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` with the types of cells; Louvain clusters if absent
     config:str='default', # Settings: `default`, `quick` (far fewer steps) or `paper`
+    start:str=None, # Folder of a trained model to start from
     steps:int=None, # Training steps of the diffusion
     min_label:int=None, # Fewest cells of a label that can be asked for later; 5 if absent
     drop_empty:bool=False, # Leave out cells without counts?
@@ -184,8 +185,9 @@ def fit(
     from scld.settings import pick_device,read_settings
     own = {k: v for k,v in dict(steps=steps, min_label=min_label, threads=threads).items() if v is not None}
     read_settings(config, own), pick_device(device)   # refused before any file is read
+    if start: SCLD.load(start, 'cpu')
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
-    model = SCLD(data, layer, labels, config, **own)
+    model = SCLD(data, layer, labels, config, start, **own)
     print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
     model.train(seed=seed, checkpoint=run, resume=resume, device=device).save(out)
     if processes()[0]: return   # the first process tidies up and speaks for all

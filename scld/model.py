@@ -31,6 +31,7 @@ from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_par
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
+from .start import settings_from,start_from
 from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
@@ -47,11 +48,15 @@ class SCLD:
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the types of cells; Louvain clusters if absent
         config:str='default', # `default`, `quick` (few steps) or `paper` (the paper's settings)
+        start=None, # Trained model, or the folder of one, to start from; settings are then those that it has
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
-        self.settings = read_settings(config, kwargs)
+        if isinstance(start, (str,Path)): start = SCLD.load(start, 'cpu')
+        if start: start._refuse_unready()
+        self.settings = settings_from(start.settings, config, kwargs) if start else read_settings(config, kwargs)
         self.training = TrainingCells(adata, layer, labels, self.settings['min_label'])
         self._describe(self.training.facts())
+        self.start = start_from(start, self.genes, self.categories) if start else None
         with steady(), seeded(0): self._build(self.training.means())
         self.history = pd.DataFrame()
         self.trained = self.scored = False
@@ -120,7 +125,10 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
     known = cells.sample(np.setdiff1d(named, held), seed, device=self.device)
-    ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
+    if self.start is None: ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
+    else:
+        ae.n_cells = len(cells)-len(held)
+        with seeded(seed): ae.tilt(lambda: cells.sample(np.setdiff1d(named, held), seed, device=self.device))
     def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)
@@ -129,10 +137,12 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     self.history = record(self.history, 'autoencoder', losses)
     self._confirm_labels(held, seed)
     if self.settings['likelihood']=='mse': return
-    with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
+    with seeded(seed):
+        if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
     if ae.centres is None or not self.net.denoiser.apart: return
-    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'], device=self.device)
-    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n)
+    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
+    how = dict(rounds=1, add=max(ae.worth, 1.)) if self.start else {}
+    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
 
 # %% ../nbs/05a_model.ipynb #80868348
 @patch
@@ -287,12 +297,22 @@ def _try_labels(self:SCLD, seed):
     for X,*_,cond in Blocks(every, (seed,2)).each(self._maker()): tried.name(X, cond)
     self.label_table['synth'] = tried.seen/tried.n
 
+# %% ../nbs/05a_model.ipynb #009c4ee4
+@patch
+def _adopt(self:SCLD, device):
+    "Begin with the networks of the model to start from (`04f_start`)"
+    old,share = self.start,torch.tensor(self.training.totals/self.training.totals.sum()).float()
+    genes,labels,share = (v.to(device) for v in (old.genes,old.labels,share))
+    self.net.ae.adopt(old.net.ae, genes, labels, share)
+    self.net.denoiser.adopt(old.net.denoiser, genes)
+
 # %% ../nbs/05a_model.ipynb #4271c4e1
 @patch
 def _start_anew(self:SCLD, seed, device):
     "Untrained networks on their device, and no history"
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
+    if self.start: self._adopt(device)
     self.history = pd.DataFrame()
     self.trained = self.scored = False
 
@@ -315,6 +335,7 @@ def train(self:SCLD,
     settings = dict(self.settings, steps=run['steps'])
     device,(rank,size) = pick_device(device),processes()
     about = dict(settings, **self.training.mark(), **run, processes=size)
+    if self.start: about['start'] = self.start.mark
     kept = kept_stages(checkpoint, resume, about)
     how = dict(seed=run['seed'], progress=progress and rank==0, threads=self.settings['threads'])
     n = stage_steps(run['steps'], len(self.training), batch_size)
@@ -486,7 +507,7 @@ def load(cls:SCLD,
     _,weights = read_model(path, self._shapes)
     self.net.load_state_dict(weights, assign=True)
     self.net.eval().to(device)
-    self.training,self.trained = None,True
+    self.training,self.start,self.trained = None,None,True
     self.history = pd.DataFrame()
     return self
 
@@ -504,9 +525,9 @@ def score(self:SCLD,
     cells = read_counts(adata, layer)
     label = None if labels is None else pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
     if label is not None and (label<0).any():
-        unknown = cells.obs[labels][label<0].astype(str)
-        raise ValueError(f"{(label<0).sum():,} cells have labels that the model does not know, the first "
-                         f"{unknown.iloc[0]!r}; it knows {', '.join(self.categories[:5])}{', …'*(len(self.categories)>5)}")
+        first,known = str(cells.obs[labels][label<0].iloc[0]),', '.join(self.categories[:5])
+        unknown = f"{(label<0).sum():,} cells have labels that the model does not know, the first {first!r}"
+        raise ValueError(f"{unknown}; it knows {known}{', …'*(len(self.categories)>5)}")
     with steady(): return self._scores(in_order(cells, self.genes, missing), label)
 
 # %% ../nbs/05a_model.ipynb #22bf685a

@@ -24,6 +24,8 @@ _options = { # What the library advises: what to do on the command line
     r'\bresume=True': '--resume',
     '; the setting validation=0 takes labels at their word': '',
     r'\bfloor=0\b': '--floor 0',
+    r'\bkeep=0\.5\b': '--keep 0.5',
+    r"config='(\w+)' and start exclude": r'--config \1 and --start exclude',
     r'\b(threads|steps|min_label|guidance|keep|floor)=(\S+) must be': r'--\1 \2 must be',
     r'\bkeep must be 1': '--keep must be 1',
     r'\bpart=\((\d+), (\d+)\) must be a pair such as \(2, 8\)': r'--part \1/\2 must be a pair such as 2/8',
@@ -226,7 +228,7 @@ def sample(
     cells:str=None, # Several types, with numbers: "NK=500,B=200"
     guidance:float=0., # How far to exaggerate the types; 0 for not at all
     keep:float=1., # Share of the cells to keep, best first
-    floor:float=0.25, # Refuse types recognised less often than this share of what real cells are; 0 for none
+    floor:float=0.5, # Refuse types recognised less often than this share of real cells (0.8 of few); 0 for none
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one

@@ -420,7 +420,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.25, # Refuse labels asked for by name that are recognised less often than this share of real cells
+    floor:float=0.5, # Refuse labels asked for by name of which less than this share of what real cells are is recognised
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # h5ad file to write block by block, for more cells than memory holds
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole

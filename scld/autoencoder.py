@@ -237,7 +237,7 @@ class Autoencoder(nn.Module):
         self.decoder = two(n_latent, self.likelihood.n_out)
         self.centres = nn.Parameter(torch.zeros(n_labels, n_latent)) if n_labels and noise!=0 else None
         self.register_buffer('shifts', None if self.centres is None else torch.zeros(n_labels, n_genes))
-        self.n_cells = torch.inf   # known to training alone
+        self.n_cells,self.origin = torch.inf,{}   # known to training alone
 
 # %% ../nbs/01_autoencoder.ipynb #a1d68d45
 @patch
@@ -359,19 +359,19 @@ def add_pull(
 class _LastLayer(torch.autograd.Function):
     "The first `n` outputs of a linear layer, and minus the log prior of their weights; both gradients in one pass"
     @staticmethod
-    def forward(ctx, x, w, b, n, scale, tails):
+    def forward(ctx, x, w, b, origin, n, scale, tails):
         ctx.save_for_backward(x, w)
-        ctx.prior = n,scale,tails
-        return F.linear(x, w[:n], b[:n]),weight_penalty(w[:n], scale, tails)
+        ctx.prior = origin,n,scale,tails
+        return F.linear(x, w[:n], b[:n]),weight_penalty(w[:n] if origin is None else w[:n]-origin[:n], scale, tails)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_h, g_penalty):
-        (x,w),(n,*prior) = ctx.saved_tensors,ctx.prior
+        (x,w),(origin,n,*prior) = ctx.saved_tensors,ctx.prior
         g_w = torch.empty_like(w)
         torch.mm(g_h.T, x, out=g_w[:n])
         g_w[n:] = 0
-        add_pull(g_w[:n], w[:n], g_penalty, *prior)
-        return g_h@w[:n],g_w,F.pad(g_h.sum(0), (0,len(w)-n)),None,None,None
+        add_pull(g_w[:n], w[:n] if origin is None else w[:n]-origin[:n], g_penalty, *prior)
+        return g_h@w[:n],g_w,F.pad(g_h.sum(0), (0,len(w)-n)),None,None,None,None
 
 @patch
 def n_heard(self:Autoencoder)->int: # Number of rows of the decoder's last layer
@@ -384,8 +384,8 @@ def heard(self:Autoencoder,
     scale:float=0., # ρ of the last layer's weights; 0 for no prior
 )->tuple: # Decoder output, shape (n, n_heard), and minus log prior density of the weights behind it
     "The outputs that the likelihood hears, and what their weights cost"
-    last = self.decoder[-1]
-    return _LastLayer.apply(self.decoder[:-1](z), last.weight, last.bias, self.n_heard(), scale, self.tails)
+    last,origin = self.decoder[-1],self.origin.get('decoder.4.weight')
+    return _LastLayer.apply(self.decoder[:-1](z), last.weight, last.bias, origin, self.n_heard(), scale, self.tails)
 
 # %% ../nbs/01_autoencoder.ipynb #d6516af3
 def _bound(m, counts, label, scale=0.):
@@ -411,7 +411,10 @@ def loss(self:Autoencoder,
 )->torch.Tensor: # Scalar, in nats a cell
     "What training minimises: (A9), and the share of each cell in what is expected of places (A12) and weights (A14)"
     bound,penalty = _bound(self, counts, label, self.prior)
-    if self.centres is not None: penalty = penalty+self.centres.square().sum()/(2*self.label_sd**2)
+    if self.centres is not None:
+        apart = self.centres-self.origin.get('centres', 0.)
+        penalty = penalty+apart.square().sum()/(2*self.label_sd**2)
+    if self.origin: penalty = penalty+self.strayed()
     return bound+penalty/self.n_cells
 
 # %% ../nbs/01_autoencoder.ipynb #187b49dc
@@ -437,6 +440,20 @@ def at(self:Autoencoder,
     "Let the negative binomial hear a cell's own dispersions late in training, the number of (A5)"
     self.likelihood.own = min(max((done-after)/over, 0.), 1.) if after else 1.
 
+# %% ../nbs/01_autoencoder.ipynb #4f74bf31
+@patch
+@torch.no_grad()
+def totals(self:Autoencoder,
+    batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,), or None
+)->tuple: # Observed and expected counts of each gene, shape (n_genes,) each
+    "Both sides of (A15)"
+    seen = expected = 0
+    for x,label in batches():
+        z,s = self.posterior(x, label)
+        mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
+        seen,expected = seen+x.sum(0),expected+mean.sum(0)
+    return seen,expected
+
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b
 @patch
 @torch.no_grad()
@@ -446,11 +463,7 @@ def calibrate(self:Autoencoder,
 )->Autoencoder: # Itself
     "Shift the last bias until expected totals are the observed ones, equation (A15)"
     for _ in range(rounds):
-        seen = expected = 0
-        for x,label in batches():
-            z,s = self.posterior(x, label)
-            mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
-            seen,expected = seen+x.sum(0),expected+mean.sum(0)
+        seen,expected = self.totals(batches)
         self.decoder[-1].bias[:len(seen)] += ((seen+1)/(expected+1)).log()
     return self
 
@@ -496,6 +509,7 @@ def calibrate_labels(self:Autoencoder,
     batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,)
     n:torch.Tensor, # Number of cells of each label, shape (n_labels,)
     rounds:int=2, # Passes over the batches
+    add:float=1., # Counts added to both sides
 )->Autoencoder: # Itself
     "Shift the outputs of each label until expected totals are the observed ones, equation (A18)"
     for _ in range(rounds):
@@ -507,5 +521,5 @@ def calibrate_labels(self:Autoencoder,
             expected.index_add_(0, label, mean)
             rows += torch.bincount(label, minlength=len(n))
         share = (n/rows.clamp(min=1))[:,None]
-        self.shifts += ((1+share*seen)/(1+share*expected)).log()
+        self.shifts += ((add+share*seen)/(add+share*expected)).log()
     return self

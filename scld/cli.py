@@ -25,6 +25,8 @@ _options = { # What the library advises: what to do on the command line
     r'\bresume=True': '--resume',
     '; the setting validation=0 takes labels at their word': '',
     r'\bfloor=0\b': '--floor 0',
+    r'\bkeep=0\.5\b': '--keep 0.5',
+    r"config='(\w+)' and start exclude": r'--config \1 and --start exclude',
     r'\b(threads|steps|min_label|guidance|keep|floor)=(\S+) must be': r'--\1 \2 must be',
     r'\bkeep must be 1': '--keep must be 1',
     r'\bpart=\((\d+), (\d+)\) must be a pair such as \(2, 8\)': r'--part \1/\2 must be a pair such as 2/8',
@@ -166,6 +168,7 @@ def fit(
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` with the types of cells; Louvain clusters if absent
     config:str='default', # Settings: `default`, `quick` (far fewer steps) or `paper`
+    start:str=None, # Folder of a trained model to start from
     steps:int=None, # Training steps of the diffusion
     min_label:int=None, # Fewest cells of a label that can be asked for later; 5 if absent
     drop_empty:bool=False, # Leave out cells without counts?
@@ -185,8 +188,9 @@ def fit(
     from scld.settings import pick_device,read_settings
     own = {k: v for k,v in dict(steps=steps, min_label=min_label, threads=threads).items() if v is not None}
     read_settings(config, own), pick_device(device)   # refused before any file is read
+    if start: SCLD.load(start, 'cpu')
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
-    model = SCLD(data, layer, labels, config, **own)
+    model = SCLD(data, layer, labels, config, start, **own)
     print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
     model.train(seed=seed, checkpoint=run, resume=resume, device=device).save(out)
     if processes()[0]: return   # the first process tidies up and speaks for all
@@ -225,7 +229,7 @@ def sample(
     cells:str=None, # Several types, with numbers: "NK=500,B=200"
     guidance:float=0., # How far to exaggerate the types; 0 for not at all
     keep:float=1., # Share of the cells to keep, best first
-    floor:float=0.25, # Refuse types recognised less often than this share of what real cells are; 0 for none
+    floor:float=0.5, # Refuse types recognised less often than this share of real cells (0.8 of few); 0 for none
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one

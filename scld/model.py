@@ -25,11 +25,13 @@ from .dist import fit,processes,wait
 from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
+from .labels import read_labels
 from .pre_guidance import Denoiser,draw_evenly,even_weights
 from .requests import Blocks,PerRow,check_label,conditions,deal,draw_seen,in_parts,join,read_request
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
+from .start import settings_from,start_from
 from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
@@ -46,11 +48,15 @@ class SCLD:
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the types of cells; Louvain clusters if absent
         config:str='default', # `default`, `quick` (few steps) or `paper` (the paper's settings)
+        start=None, # Trained model, or the folder of one, to start from; settings are then those that it has
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
-        self.settings = read_settings(config, kwargs)
+        if isinstance(start, (str,Path)): start = SCLD.load(start, 'cpu')
+        if start: start._refuse_unready()
+        self.settings = settings_from(start.settings, config, kwargs) if start else read_settings(config, kwargs)
         self.training = TrainingCells(adata, layer, labels, self.settings['min_label'])
         self._describe(self.training.facts())
+        self.start = start_from(start, self.genes, self.categories) if start else None
         with steady(), seeded(0): self._build(self.training.means())
         self.history = pd.DataFrame()
         self.trained = self.scored = False
@@ -119,7 +125,10 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
     known = cells.sample(np.setdiff1d(named, held), seed, device=self.device)
-    ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
+    if self.start is None: ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
+    else:
+        ae.n_cells = len(cells)-len(held)
+        with seeded(seed): ae.tilt(lambda: cells.sample(np.setdiff1d(named, held), seed, device=self.device))
     def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)
@@ -128,10 +137,12 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     self.history = record(self.history, 'autoencoder', losses)
     self._confirm_labels(held, seed)
     if self.settings['likelihood']=='mse': return
-    with seeded(seed): ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
+    with seeded(seed):
+        if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
     if ae.centres is None or not self.net.denoiser.apart: return
-    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'], device=self.device)
-    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n)
+    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
+    how = dict(rounds=1, add=max(ae.worth, 1.)) if self.start else {}
+    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
 
 # %% ../nbs/05a_model.ipynb #80868348
 @patch
@@ -199,8 +210,8 @@ def _denoise_and_draw(self:SCLD,
     zT:np.ndarray, # Standard normal noise to start from, shape (n, n_latent+1)
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     seeds:list, # Seed of each cell's counts, of length n
-)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
-    "Denoise, decode, draw and score some cells, Algorithm 2"
+)->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
+    "Denoise, decode and draw some cells, Algorithm 2"
     zT,cond = (torch.from_numpy(v).to(self.device) for v in (zT,cond))
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
@@ -208,8 +219,7 @@ def _denoise_and_draw(self:SCLD,
     try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), shift(cond))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
-    score = self.net.scorer.score(torch.from_numpy(counts).to(z)) if self.scored else torch.full((len(z),), torch.nan)
-    return sparse.csr_matrix(counts, dtype=np.float32), z.cpu().numpy(), score.cpu().numpy()
+    return sparse.csr_matrix(counts, dtype=np.float32),z.cpu().numpy()
 
 # %% ../nbs/05a_model.ipynb #b3f1c607
 @patch
@@ -219,11 +229,25 @@ def _draw(self:SCLD,
     times:list, # Steps of the schedule to visit, the noisiest first
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     rng:np.random.Generator, # The block's own randomness
-)->tuple: # Counts (CSR), standardised latents, shape (n, n_latent+1), and scores, shape (n,)
+)->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
     "The cells of a block, or its candidates"
     n,seeds = len(cond),rng.bit_generator.seed_seq.spawn(len(cond))
     zT = rng.standard_normal((n,len(self.net.scale.mean)), dtype=np.float32)
     return in_parts(partial(self._denoise_and_draw, denoiser, shift, times), zT, cond, seeds)
+
+# %% ../nbs/05a_model.ipynb #c1b46319
+@patch
+@torch.no_grad()
+def _scores(self:SCLD,
+    X:sparse.csr_matrix, # Counts, shape (n, n_genes)
+    label:np.ndarray|None=None, # Number of the label each cell was asked for as, K for none, shape (n,)
+)->np.ndarray: # Shape (n,); missing where there is no scorer
+    "Probability that cells are real, and of their label"
+    if not self.scored: return np.full(X.shape[0], np.nan, np.float32)
+    parts = (torch.from_numpy(X[i:i+1024].toarray()).to(self.device) for i in range(0, X.shape[0], 1024))
+    real = np.concatenate([self.net.scorer.score(p).cpu().numpy() for p in parts])
+    if label is None or not self.net.denoiser.apart: return real
+    return real*self.net.labeller.prob(X, label)
 
 # %% ../nbs/05a_model.ipynb #3211583e
 @patch
@@ -237,7 +261,8 @@ def _block(self:SCLD,
 )->tuple: # Counts (CSR), latents, scores and conditions, n rows each
     "Draw candidates, score them, keep the best"
     cond = candidates(label, keep)
-    X,z,score = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
+    X,z = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
+    score = self._scores(X, cond if guidance>=0 else None)
     best = keep_best(score, cond, Counter(label.tolist()))
     return X[best],z[best],score[best],cond[best]
 
@@ -263,12 +288,31 @@ def _sizes(self:SCLD)->list:
     "How common each condition is: cells by label, and the unnamed ones where there are any"
     return self.label_table['n'].tolist()+[self.unnamed]*(self.unnamed>0)
 
+# %% ../nbs/05a_model.ipynb #6309e549
+@patch
+def _try_labels(self:SCLD, seed):
+    "How often synthetic cells of each label are recognised"
+    every = np.repeat(np.arange(len(self.categories)), 100)
+    tried = Recognition(self.net.labeller, self.label_table)
+    for X,*_,cond in Blocks(every, (seed,2)).each(self._maker()): tried.name(X, cond)
+    self.label_table['synth'] = tried.seen/tried.n
+
+# %% ../nbs/05a_model.ipynb #009c4ee4
+@patch
+def _adopt(self:SCLD, device):
+    "Begin with the networks of the model to start from (`04f_start`)"
+    old,share = self.start,torch.tensor(self.training.totals/self.training.totals.sum()).float()
+    genes,labels,share = (v.to(device) for v in (old.genes,old.labels,share))
+    self.net.ae.adopt(old.net.ae, genes, labels, share)
+    self.net.denoiser.adopt(old.net.denoiser, genes)
+
 # %% ../nbs/05a_model.ipynb #4271c4e1
 @patch
 def _start_anew(self:SCLD, seed, device):
     "Untrained networks on their device, and no history"
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
+    if self.start: self._adopt(device)
     self.history = pd.DataFrame()
     self.trained = self.scored = False
 
@@ -291,6 +335,7 @@ def train(self:SCLD,
     settings = dict(self.settings, steps=run['steps'])
     device,(rank,size) = pick_device(device),processes()
     about = dict(settings, **self.training.mark(), **run, processes=size)
+    if self.start: about['start'] = self.start.mark
     kept = kept_stages(checkpoint, resume, about)
     how = dict(seed=run['seed'], progress=progress and rank==0, threads=self.settings['threads'])
     n = stage_steps(run['steps'], len(self.training), batch_size)
@@ -301,6 +346,7 @@ def train(self:SCLD,
         self._fit_autoencoder(n['autoencoder'], batch_size=batch_size, checkpoint=kept('autoencoder'), **how)
         self._fit_diffusion(n['diffusion'], batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), **how)
         self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
+        self._try_labels(run['seed'])
     return self
 
 # %% ../nbs/05a_model.ipynb #ac4df64f
@@ -374,7 +420,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.25, # Refuse labels asked for by name that are recognised less often than this share of real cells
+    floor:float=0.5, # Refuse labels asked for by name of which less than this share of what real cells are is recognised
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # h5ad file to write block by block, for more cells than memory holds
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
@@ -418,7 +464,9 @@ def interpolate(self:SCLD,
         return torch.lerp(start, end, r[:,None])
     def noise(zt, t, r): return between(r, partial(denoiser, zt, t))
     def shift(r): return between(r, self.net.ae.shift)
-    def make(rng, r): return *self._draw(noise, shift, times, r, rng),np.full(len(r), len(self.categories))
+    def make(rng, r):
+        X,z = self._draw(noise, shift, times, r, rng)
+        return X,z,self._scores(X),np.full(len(r), len(self.categories))
     r = np.linspace(0, 1, n, dtype=np.float32)
     cells = Recognition(self.net.labeller, self.label_table).watch(Blocks(r, (seed,1)).each(make))
     cells = self._anndata(dict(how, n=f'{n} from {a} to {b}', keep=1.), 0, *join(cells))
@@ -459,7 +507,7 @@ def load(cls:SCLD,
     _,weights = read_model(path, self._shapes)
     self.net.load_state_dict(weights, assign=True)
     self.net.eval().to(device)
-    self.training,self.trained = None,True
+    self.training,self.start,self.trained = None,None,True
     self.history = pd.DataFrame()
     return self
 
@@ -470,12 +518,17 @@ def score(self:SCLD,
     adata, # Cells to look at: an AnnData or the path of a file
     layer:str|None=None, # Layer that holds the counts; `X` if absent
     missing:str='error', # What to do about genes of the model that are not there: `error`, or `zero` to take them as 0
+    labels:str|None=None, # Column of `obs` with labels of the model, to ask for cells that are real and of their label
 )->np.ndarray: # Score of each cell, from 0 (synthetic) to 1 (real), shape (n_cells,)
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
-    X = in_order(read_counts(adata, layer), self.genes, missing)
-    parts = (torch.from_numpy(X[i:i+1024].toarray()).to(self.device) for i in range(0, X.shape[0], 1024))
-    with steady(): return np.concatenate([self.net.scorer.score(p).cpu().numpy() for p in parts])
+    cells = read_counts(adata, layer)
+    label = None if labels is None else pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
+    if label is not None and (label<0).any():
+        first,known = str(cells.obs[labels][label<0].iloc[0]),', '.join(self.categories[:5])
+        unknown = f"{(label<0).sum():,} cells have labels that the model does not know, the first {first!r}"
+        raise ValueError(f"{unknown}; it knows {known}{', …'*(len(self.categories)>5)}")
+    with steady(): return self._scores(in_order(cells, self.genes, missing), label)
 
 # %% ../nbs/05a_model.ipynb #22bf685a
 @patch

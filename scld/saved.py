@@ -57,8 +57,8 @@ def _is_column(v): return v not in (*OWN,'_index','') and writable(v)
 def _is_number(v, low, high): return isinstance(v, (int,float)) and not isinstance(v, bool) and low<=v<=high
 def _are_numbers(v, n, high): return isinstance(v, list) and len(v)==n and all(_is_number(x, 0, high) for x in v)
 def _is_table(v, n):
-    most = dict(n=1e12, share=1, mean=1e12, sd=1e12, real=1)
-    return set(v)==set(most) and min(v['n'])>=1 and all(_are_numbers(v[k], n, m) for k,m in most.items())
+    most = dict(n=1e12, share=1, mean=1e12, sd=1e12, real=1, synth=1)
+    return set(most)-{'synth'}<=set(v)<=set(most) and min(v['n'])>=1 and all(_are_numbers(v[k], n, most[k]) for k in v)
 
 fields = {
     'format': lambda v, c: type(v) is int and v==FORMAT,

@@ -69,6 +69,7 @@ def perfect_fit(
     n_train:int|None=None, # Training cells; as many of each label as the model learnt from if absent
     seed:int=0, # Same seed, same cells
     steps:int|None=None, # Training steps of the diffusion; as many as the model had if absent
+    start:SCLD|str|Path|None=None, # The model that this one was started from, if it was
     how:dict|None=None, # Arguments of `sample` for synthetic cells; absent: those that cells in `n_synth` state
     checkpoint:str|Path|None=None, # Folder in which to keep the training while it goes on
     resume:bool=False, # Go on with the training that is kept there?
@@ -85,9 +86,8 @@ def perfect_fit(
     settings = model.settings if steps is None else dict(model.settings, steps=steps)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # The world is the model's, and so are its labels
-        fitted = SCLD(world, labels=model.labels, **settings)
-        kept = dict(checkpoint=checkpoint, resume=resume, progress=progress)
-        fitted.train(seed=of_fit, device=model.device.type, **kept)
+        fitted = SCLD(world, labels=model.labels, start=start, **settings)
+        fitted.train(seed=of_fit, device=model.device.type, checkpoint=checkpoint, resume=resume, progress=progress)
     wanted = n_train if n_synth is None else _numbers(n_synth, model.labels)
     return Perfect(held, _cells_of(fitted, wanted, 'synth', of_synth, how), world)
 
@@ -104,6 +104,7 @@ def kept_fit(
     of_cells = {k: v for k,v in kwargs.items() if k not in ('checkpoint','resume','progress')}
     given = {k: v for k,v in dict(n_held=n_held, n_synth=n_synth).items() if v is not None}
     numbers = {k: _numbers(v, model.labels) for k,v in given.items()}
+    if 'start' in of_cells: of_cells['start'] = getattr(of_cells['start'], 'fingerprint', str(of_cells['start']))
     about = json.loads(json.dumps(dict(model=model.fingerprint, **numbers, **of_cells)))
     if folder.exists():
         there = json.loads((folder/'perfect.json').read_text(encoding='utf-8'))

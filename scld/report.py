@@ -213,8 +213,12 @@ def _on_types(sets, types, labels):
     if len(invented): out.append(f"Synthetic types that no held-out cell has: {', '.join(invented)}.")
     small = small_labels(sets['train'].obs[labels]) if 'train' in sets else {}
     if small:
-        out.append("Types of fewer than 30 training cells can hardly be learnt; synthetic cells may repeat them, "
-                   f"or be of other types: {', '.join(small)}.")
+        share = types.get('recognised, synth', pd.Series(dtype=float)).reindex(list(small))
+        judged = {t: 'too few to judge' if np.isnan(s) else f'recognised {s:.2f} times as often as real ones'
+                  for t,s in share.items()}
+        named = '; '.join(f'{t} ({n} cells, {judged[t]})' for t,n in small.items())
+        out.append("Of types of fewer than 30 training cells a model knows no more than these few say, and may repeat "
+                   f"them: {named}.")
     taught = sets['train'].obs[labels].value_counts() if 'train' in sets else {}
     unknown = [t for t in held.index if taught.get(t, 0)<10] if len(taught) else []
     if unknown:

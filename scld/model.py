@@ -124,11 +124,12 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     source,rows = cells.batches(held)
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
-    known = cells.sample(np.setdiff1d(named, held), seed, device=self.device)
-    if self.start is None: ae.start_at(share, (x for x,_ in known), len(cells)-len(held))
+    learnt,n = np.setdiff1d(named, held),len(cells)-len(held)
+    def known(): return cells.sample(learnt, seed, device=self.device)
+    if self.start is None: ae.start_at(share, (x for x,_ in known()), n)
     else:
-        ae.n_cells = len(cells)-len(held)
-        with seeded(seed): ae.tilt(lambda: cells.sample(np.setdiff1d(named, held), seed, device=self.device))
+        ae.n_cells = n
+        with seeded(seed): ae.tilt(known)
     def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)

@@ -114,6 +114,18 @@ def _confirm_labels(self:SCLD, held, seed):
         f"better by {mean:.2f} nats a cell, with a standard error of {error:.2f}. Cells of all labels will be alike. "
         "Learn from more cells, or choose another column; the setting validation=0 takes labels at their word")
 
+# %% ../nbs/05a_model.ipynb #a4185454
+@patch
+def _calibrate(self:SCLD, named, seed):
+    "Put the totals of genes right, equation (A15), and those of each label, equation (A18)"
+    ae,cells = self.net.ae,self.training
+    with seeded(seed):
+        if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
+    if ae.centres is None or not self.net.denoiser.apart: return
+    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
+    how = dict(rounds=1, add=max(ae.worth, 1.)) if self.start else {}
+    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
+
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
 def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
@@ -137,13 +149,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
     self.history = record(self.history, 'autoencoder', losses)
     self._confirm_labels(held, seed)
-    if self.settings['likelihood']=='mse': return
-    with seeded(seed):
-        if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
-    if ae.centres is None or not self.net.denoiser.apart: return
-    rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
-    how = dict(rounds=1, add=max(ae.worth, 1.)) if self.start else {}
-    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
+    if self.settings['likelihood']!='mse': self._calibrate(named, seed)
 
 # %% ../nbs/05a_model.ipynb #80868348
 @patch
@@ -421,7 +427,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.5, # Refuse labels asked for by name of which less than this share of what real cells are is recognised
+    floor:float=0.5, # Refuse labels asked for by name that are recognised less often than this share of real cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # h5ad file to write block by block, for more cells than memory holds
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
@@ -508,7 +514,8 @@ def load(cls:SCLD,
     _,weights = read_model(path, self._shapes)
     self.net.load_state_dict(weights, assign=True)
     self.net.eval().to(device)
-    self.training,self.start,self.trained = None,None,True
+    self.training = self.start = None
+    self.trained = True
     self.history = pd.DataFrame()
     return self
 

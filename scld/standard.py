@@ -36,7 +36,7 @@ def named_set(
     path = find_data(f'{named_sets[name]}.h5ad')
     if path is None: return None
     a = ad.read_h5ad(path)
-    if name=='pbmc3k': a = a[~a.obs['cell_type'].isna().to_numpy()&(a.obs['cell_type'].astype(str)!='unlabelled').to_numpy()].copy()
+    if name=='pbmc3k': a = a[~a.obs['cell_type'].astype(str).isin(['nan','unlabelled']).to_numpy()].copy()
     if name=='neurons10k': a = a[a.X.sum(1).A1>=10].copy()
     a = read_counts(a)
     if name=='neurons10k': a.obs['cell_type'] = cluster(a, 0.6)

@@ -508,18 +508,16 @@ def shift(self:Autoencoder,
 def calibrate_labels(self:Autoencoder,
     batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,)
     n:torch.Tensor, # Number of cells of each label, shape (n_labels,)
-    rounds:int=2, # Passes over the batches
-    add:float=1., # Counts added to both sides
+    add:float=3., # Counts added to both sides
 )->Autoencoder: # Itself
-    "Shift the outputs of each label until expected totals are the observed ones, equation (A18)"
-    for _ in range(rounds):
-        (seen,expected),rows = torch.zeros(2, *self.shifts.shape, device=n.device),torch.zeros_like(n)
-        for x,label in batches():
-            z,s = self.posterior(x, label)
-            mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True), self.shift(label))
-            seen.index_add_(0, label, x)
-            expected.index_add_(0, label, mean)
-            rows += torch.bincount(label, minlength=len(n))
-        share = (n/rows.clamp(min=1))[:,None]
-        self.shifts += ((add+share*seen)/(add+share*expected)).log()
+    "Shift the outputs of each label so that expected totals come near to the observed ones, equation (A18)"
+    (seen,expected),rows = torch.zeros(2, *self.shifts.shape, device=n.device),torch.zeros_like(n)
+    for x,label in batches():
+        z,s = self.posterior(x, label)
+        mean = self.decode(z+s*torch.randn_like(z), x.sum(1, keepdim=True))
+        seen.index_add_(0, label, x)
+        expected.index_add_(0, label, mean)
+        rows += torch.bincount(label, minlength=len(n))
+    share = (n/rows.clamp(min=1))[:,None]
+    self.shifts[:] = ((add+share*seen)/(add+share*expected)).log()
     return self

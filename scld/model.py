@@ -123,7 +123,7 @@ def _calibrate(self:SCLD, named, seed):
         if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
     if ae.centres is None or not self.net.denoiser.apart: return
     rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
-    how = dict(rounds=1, add=max(ae.worth, 1.)) if self.start else {}
+    how = dict(add=max(ae.worth, 3.)) if self.start else {}
     with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
 
 # %% ../nbs/05a_model.ipynb #6d6eebfc

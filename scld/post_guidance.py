@@ -182,7 +182,8 @@ def recognised_real(
         return fit_labeller(X[known], code[known], n_labels).log_odds(X[asked]).argmax(1)==code[asked]
     every,unseen = np.arange(len(code)),np.zeros(len(code))
     for part in split(code, [1/n_parts]*n_parts, seed): unseen[part] = right(np.setdiff1d(every, part), part)
-    share = np.where(few(n)[code], right(every, every), unseen)
+    rare = few(n)[code]
+    share = np.where(rare, right(every, every), unseen) if rare.any() else unseen
     return np.bincount(code, share, n_labels)/np.maximum(n, 1)
 
 # %% ../nbs/05_post_guidance.ipynb #cb9a2fe0

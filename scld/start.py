@@ -129,7 +129,8 @@ def adopt(self:Denoiser,
     return self
 
 # %% ../nbs/04f_start.ipynb #de05381e
-free = 'steps','lr','validation','min_label','threads','share','dropout','drop_hidden','prior','tails','label_sd','scatter_from'
+free = ('steps','lr','validation','min_label','threads','share','dropout','drop_hidden','prior','tails','label_sd',
+        'scatter_from')
 
 def settings_from(
     old:dict, # Settings of the model to start from

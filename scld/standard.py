@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['named_sets', 'standard_cells', 'named_set', 'standard_set', 'cut_down', 'quick_cells', 'judge', 'ask_each',
-           'judge_asked']
+           'judge_asked', 'other_real', 'judge_types']
 
 # %% ../nbs/06h_standard.ipynb #bb9056ae
 import anndata as ad, numpy as np
 from anndata import AnnData
+from scipy import sparse
 from .biology import label_distance
 from .data import filter_genes,find_data,lognorm,variable_genes
+from .differences import fold_changes_kept,label_means,largest_changes,log_odds,recognise,shared_labels
 from .files import read_counts
 from .labels import cluster,split
 from .metrics import mmd2,neighbour_metrics,permute_genes,pool_pcs,rf_auc,sides
@@ -138,3 +140,37 @@ def judge_asked(
         own = test.X[(test.obs[labels]==t).to_numpy()]
         return float(rf_auc(lognorm(own), lognorm(X), 'genes-5fold', n_trees, seed).mean())
     return {t: auc(t, X) for t,X in ask_each(ask, n, labels).items()}
+
+# %% ../nbs/06h_standard.ipynb #6ccdb8ee
+def other_real(
+    train:AnnData, # Training cells
+    held:AnnData, # Held-out cells
+    seed:int=0, # Same seed, same cells
+    labels:str='cell_type', # Column of `obs` in both
+)->tuple: # Training cells, as many of each label as `held` has; the rest of them
+    "Other real cells, and those that choose genes and teach classifiers"
+    rng,label = np.random.default_rng(seed),train.obs[labels].astype(str).to_numpy()
+    def draw(k, n): return rng.permutation(np.flatnonzero(label==k))[:n]
+    own = np.concatenate([draw(k, n) for k,n in held.obs[labels].value_counts().items()])
+    own = np.isin(np.arange(train.n_obs), own)
+    return train[own].copy(),train[~own].copy()
+
+# %% ../nbs/06h_standard.ipynb #c120a9e0
+def judge_types(
+    train:AnnData, # Cells that choose genes and teach the classifier
+    held:AnnData, # Held-out cells
+    synth:AnnData, # Cells to judge
+    labels:str='cell_type', # Column of `obs` in all three
+    min_label:int=20, # Types with fewer held-out cells are not judged
+)->dict: # Held-out cells, slope and correlation (F2), share recognised, also of held-out cells; by type
+    "Fold changes and recognition of types in `synth` beside `held`"
+    learnt,*both = (a.obs[labels].astype(str).to_numpy() for a in (train,held,synth))
+    pool,label,S = sparse.vstack([held.X,synth.X]).tocsr(),np.concatenate(both),sides(held.n_obs, synth.n_obs)
+    names = shared_labels(label, S[0], min_label)
+    genes = largest_changes(train.X, learnt)
+    slope,correlation = fold_changes_kept(pool, label, S, {k: genes[k] for k in names})
+    odds = log_odds(*recognise(train.X, learnt, pool), label)
+    seen_real,seen = (v[0] for v in label_means((odds>0).astype(float), label, S, names))
+    def row(i, k): return dict(cells=int((both[0]==k).sum()), slope=float(slope[k][0]), correlation=float(correlation[k][0]),
+                               recognised=float(seen[i]), recognised_real=float(seen_real[i]))
+    return {k: row(i, k) for i,k in enumerate(names)}

@@ -508,7 +508,7 @@ def shift(self:Autoencoder,
 def calibrate_labels(self:Autoencoder,
     batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,)
     n:torch.Tensor, # Number of cells of each label, shape (n_labels,)
-    add:float=3., # Counts added to both sides
+    worth:float=0., # Counts that an earlier word on these totals is worth, (O2); both sides get as many, at least 3
 )->Autoencoder: # Itself
     "Shift the outputs of each label so that expected totals come near to the observed ones, equation (A18)"
     (seen,expected),rows = torch.zeros(2, *self.shifts.shape, device=n.device),torch.zeros_like(n)
@@ -518,6 +518,6 @@ def calibrate_labels(self:Autoencoder,
         seen.index_add_(0, label, x)
         expected.index_add_(0, label, mean)
         rows += torch.bincount(label, minlength=len(n))
-    share = (n/rows.clamp(min=1))[:,None]
+    share,add = (n/rows.clamp(min=1))[:,None],max(worth, 3.)
     self.shifts[:] = ((add+share*seen)/(add+share*expected)).log()
     return self

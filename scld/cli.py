@@ -263,6 +263,7 @@ def third_mark(
     synth:str, # Its cells
     keep:str|None=None, # Folder to keep the cells of the fit in; read if it is there
     labels:str|None=None, # Column of `obs` with the types of cells
+    start:str|None=None, # Folder of the model that this one was started from, if it was
     layer:str|None=None, # Layer that holds the counts
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same cells
@@ -278,7 +279,7 @@ def third_mark(
     cells = read_sets(dict(held=held, synth=synth), labels, layer, round_counts)[0]
     other = len(set(model.genes)^set(cells['held'].var_names))
     if other: raise ValueError(f"{held} and the model in {folder} differ in {other:,} genes; take those of the model")
-    how = dict(seed=seed, how=drawn_with(synth, model))
+    how = dict(seed=seed, start=start, how=drawn_with(synth, model))
     if keep: return kept_fit(keep, model, cells['held'], cells['synth'], **how)
     return perfect_fit(model, cells['held'], cells['synth'], **how)
 
@@ -294,17 +295,19 @@ def evaluate(
     trees:int=100, # Trees of the forests; 1,000 for the published protocol
     judges:str=None, # Other people's judges to ask too, with commas between: cell-eval, gge, anonymeter, or all
     perfect:str=None, # Folder of the model that made `synth`: show what a right model of as many cells scores, too
+    perfect_start:str=None, # Folder of the model that this one was started from, if it was
     perfect_cells:str=None, # Folder to keep the cells of that fit in, and to read them from if it is there
     round_counts:bool=False, # Round values to whole numbers first?
     seed:int=0, # Same seed, same figures
 ):
     "Show how well synthetic cells pass for real ones"
     out = free_name(out, folder=True)
-    if perfect_cells and not perfect: raise ValueError("--perfect_cells needs --perfect, the folder of the model")
+    for name,given in dict(perfect_cells=perfect_cells, perfect_start=perfect_start).items():
+        if given and not perfect: raise ValueError(f"--{name} needs --perfect, the folder of the model")
     from scld.report import evaluate as compare
     from scld.storage import whole_folder
     how = dict(seed=seed, layer=layer, round_counts=round_counts)
-    third = third_mark(perfect, held, synth, perfect_cells, labels, **how) if perfect else None
+    third = third_mark(perfect, held, synth, perfect_cells, labels, perfect_start, **how) if perfect else None
     with whole_folder(out) as tmp:
         report = compare(held, synth, train, labels, trees, judges=judges or (), perfect=third, **how)
         files = {k: f and Path(f).name for k,f in dict(held=held, synth=synth, train=train).items()}

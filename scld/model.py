@@ -57,6 +57,7 @@ class SCLD:
         self.training = TrainingCells(adata, layer, labels, self.settings['min_label'])
         self._describe(self.training.facts())
         self.start = start_from(start, self.genes, self.categories) if start else None
+        self.started = self.start.mark if start else None # Fingerprint of the model that this one was started from
         with steady(), seeded(0): self._build(self.training.means())
         self.history = pd.DataFrame()
         self.trained = self.scored = False
@@ -123,8 +124,8 @@ def _calibrate(self:SCLD, named, seed):
         if self.start is None: ae.calibrate(lambda: cells.sample(named, seed, device=self.device))
     if ae.centres is None or not self.net.denoiser.apart: return
     rows,n = cells.evenly(20_000, seed, at_least=200),torch.tensor(self.label_table['n'].to_numpy(), device=self.device)
-    how = dict(add=max(ae.worth, 3.)) if self.start else {}
-    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, **how)
+    worth = ae.worth if self.start else 0.
+    with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, len(rows), self.device), n, worth)
 
 # %% ../nbs/05a_model.ipynb #6d6eebfc
 @patch
@@ -392,7 +393,7 @@ def _say_of_labels(self:SCLD, request):
 def _config(self:SCLD):
     "All that a model is beside its weights, in plain values"
     tables = {t: {k: v.tolist() for k,v in getattr(self, t).items()} for t in ('var','label_table')}
-    return dict({k: getattr(self, k) for k in FACTS}, **tables, settings=self.settings, scored=self.scored)
+    return dict({k: getattr(self, k) for k in FACTS}, **tables, settings=self.settings, scored=self.scored, start=self.started)
 
 @patch
 def _weights(self:SCLD, scorer=True):
@@ -499,7 +500,7 @@ def save(self:SCLD,
 @patch
 def _shapes(self:SCLD, config):
     "Become the model of a config, without values in its arrays, and return these"
-    self.settings,self.scored = config['settings'],config['scored']
+    self.settings,self.scored,self.started = (config[k] for k in ('settings','scored','start'))
     self._describe(config)
     with steady(), torch.device('meta'): self._build(torch.zeros(len(self.categories)+1, len(self.genes)))
     return self.net.state_dict()

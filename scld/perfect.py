@@ -58,6 +58,16 @@ def drawn_with(
     kinds = dict(guidance=float, keep=float, steps=int)
     return {k: kind(about[k]) for k,kind in kinds.items() if k in about}
 
+# %% ../nbs/06l_perfect.ipynb #09cf031a
+def _check_start(model, start):
+    "The model to start from, read if it is a folder; `ValueError` where it is not the one that `model` names"
+    if isinstance(start, (str,Path)): start = SCLD.load(start, 'cpu')
+    given = start.fingerprint if start else None
+    if given==model.started: return start
+    if model.started is None: raise ValueError("this model was not started from another one; leave out start")
+    other = f"start is the one of {given[:12]}" if given else "start is missing; pass that model or its folder"
+    raise ValueError(f"this model was started from the one of fingerprint {model.started[:12]}, and {other}")
+
 # %% ../nbs/06l_perfect.ipynb #37f57123
 Perfect = namedtuple('Perfect', 'held synth train')
 Perfect.__doc__ = "Three sets of a world in which the model is right, each an AnnData of counts"
@@ -77,6 +87,7 @@ def perfect_fit(
 )->Perfect: # Held-out, synthetic and training cells, for `evaluate(…, perfect=…)`
     "Cells of a model in the place of real ones, and cells of a new model fitted to them"
     how = drawn_with(n_synth, model) if how is None else how
+    start = _check_start(model, start)
     n_own = int(model.label_table['n'].sum())+model.unnamed
     n_train = n_own if n_train is None else n_train
     of_world,of_held,of_synth,of_fit = (int(s) for s in np.random.SeedSequence([seed,8]).generate_state(4))
@@ -104,7 +115,7 @@ def kept_fit(
     of_cells = {k: v for k,v in kwargs.items() if k not in ('checkpoint','resume','progress')}
     given = {k: v for k,v in dict(n_held=n_held, n_synth=n_synth).items() if v is not None}
     numbers = {k: _numbers(v, model.labels) for k,v in given.items()}
-    if 'start' in of_cells: of_cells['start'] = getattr(of_cells['start'], 'fingerprint', str(of_cells['start']))
+    if _check_start(model, kwargs.get('start')): of_cells['start'] = model.started
     about = json.loads(json.dumps(dict(model=model.fingerprint, **numbers, **of_cells)))
     if folder.exists():
         there = json.loads((folder/'perfect.json').read_text(encoding='utf-8'))

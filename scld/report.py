@@ -21,7 +21,8 @@ from .biology import (coexpression,gene_metrics,label_distance,label_f1,library_
 from .data import lognorm
 from .differences import yardstick
 from .judges import named_judges,opinion,opinions_text
-from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,permute_genes,
+from .judges import permuted
+from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,
                           poisson_cells,pool_pcs,rf_auc,sides)
 from .page import figure,guide,html,word
 from .privacy import align_genes,exact_copies,exchanged,overlap,questions,read_sets,small_labels
@@ -54,10 +55,9 @@ def _compare(held, other, train, labels, n_trees, n_perm, seed):
 # %% ../nbs/06k_report.ipynb #323a5ed4
 def _nulls(cells, labels, seed):
     "Ruined copies of real cells, by name"
-    ruined = {'over all': permute_genes(cells.X, seed=seed), 'poisson': poisson_cells(cells.X, seed)}
-    if labels: ruined = {'within types': permute_genes(cells.X, cells.obs[labels].to_numpy(), seed), **ruined}
-    ruined = {k: AnnData(X, obs=cells.obs.copy(), var=cells.var) for k,X in ruined.items()}
-    return {k: a[a.X.sum(1).A1>0].copy() for k,a in ruined.items()}
+    plain = AnnData(poisson_cells(cells.X, seed), obs=cells.obs.copy(), var=cells.var)
+    ruined = {'over all': permuted(cells, seed=seed), 'poisson': plain[plain.X.sum(1).A1>0].copy()}
+    return {'within types': permuted(cells, labels, seed), **ruined} if labels else ruined
 
 # %% ../nbs/06k_report.ipynb #4b8d20fc
 _more_is_nearer = ('mixing','precision','recall','coverage','correlation agreement','fold changes, correlation')

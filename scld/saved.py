@@ -54,6 +54,7 @@ FILES = 'config.json','weights.safetensors' # Files of a model's folder
 def _is_text(v): return isinstance(v, list) and all(isinstance(x, str) for x in v)
 def _is_names(v): return _is_text(v) and 0<len(v)==len(set(v)) and all(map(writable, v))
 def _is_column(v): return v not in (*OWN,'_index','') and writable(v)
+def _is_hash(v): return isinstance(v, str) and len(v)==64 and set(v)<=set('0123456789abcdef')
 def _is_number(v, low, high): return isinstance(v, (int,float)) and not isinstance(v, bool) and low<=v<=high
 def _are_numbers(v, n, high): return isinstance(v, list) and len(v)==n and all(_is_number(x, 0, high) for x in v)
 def _is_table(v, n):
@@ -69,6 +70,7 @@ fields = {
     'var': lambda v, c: all(_is_column(k) and _is_text(x) and len(x)==len(c['genes']) for k,x in v.items()),
     'unnamed': lambda v, c: isinstance(v, int) and _is_number(v, 0, 1e12),
     'scored': lambda v, c: isinstance(v, bool),
+    'start': lambda v, c: v is None or _is_hash(v),
     'weights': lambda v, c: isinstance(v['sha256'], str),
     'label_table': lambda v, c: _is_table(v, len(c['categories']))}
 

@@ -393,7 +393,8 @@ def _say_of_labels(self:SCLD, request):
 def _config(self:SCLD):
     "All that a model is beside its weights, in plain values"
     tables = {t: {k: v.tolist() for k,v in getattr(self, t).items()} for t in ('var','label_table')}
-    return dict({k: getattr(self, k) for k in FACTS}, **tables, settings=self.settings, scored=self.scored, start=self.started)
+    facts = {k: getattr(self, k) for k in FACTS}
+    return dict(facts, **tables, settings=self.settings, scored=self.scored, start=self.started)
 
 @patch
 def _weights(self:SCLD, scorer=True):

@@ -198,12 +198,14 @@ def judge_types(
 )->dict: # Held-out cells, slope and correlation (F2), share recognised, also of held-out cells; by type
     "Fold changes and recognition of types in `synth` beside `held`"
     learnt,*both = (a.obs[labels].astype(str).to_numpy() for a in (train,held,synth))
-    pool,label,S = sparse.vstack([held.X,synth.X]).tocsr(),np.concatenate(both),sides(held.n_obs, synth.n_obs)
+    pool,label = sparse.vstack([held.X,synth.X]).tocsr(),np.concatenate(both)
+    S = sides(held.n_obs, synth.n_obs)
     names = shared_labels(label, S[0], min_label)
     genes = largest_changes(train.X, learnt)
     slope,correlation = fold_changes_kept(pool, label, S, {k: genes[k] for k in names})
     odds = log_odds(*recognise(train.X, learnt, pool), label)
     seen_real,seen = (v[0] for v in label_means((odds>0).astype(float), label, S, names))
-    def row(i, k): return dict(cells=int((both[0]==k).sum()), slope=float(slope[k][0]), correlation=float(correlation[k][0]),
-                               recognised=float(seen[i]), recognised_real=float(seen_real[i]))
+    def row(i, k):
+        of = dict(slope=slope[k][0], correlation=correlation[k][0], recognised=seen[i], recognised_real=seen_real[i])
+        return dict(cells=int((both[0]==k).sum()), **{name: float(v) for name,v in of.items()})
     return {k: row(i, k) for i,k in enumerate(names)}

@@ -491,8 +491,9 @@ def place_gain(self:Autoencoder,
 def merge_places(self:Autoencoder,
     label:torch.Tensor, # Labels of some cells, shape (n,)
 ):
-    "Put all labels at the mean place of these cells"
+    "Put all labels at the mean place of these cells, without a shift of their own (A18)"
     self.centres[:] = self.centre(label).mean(0)
+    self.shifts.zero_()
 
 # %% ../nbs/01_autoencoder.ipynb #b497897b
 @patch

@@ -7,7 +7,7 @@ __all__ = ['text_columns', 'label_colors', 'checked_counts', 'name_labels', 'too
            'in_order']
 
 # %% ../nbs/04d_cells.ipynb #17168605
-import hashlib
+import hashlib,json
 from functools import partial
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
@@ -234,8 +234,9 @@ def evenly(self:TrainingCells,
 @patch
 def mark(self:TrainingCells)->dict: # Values that JSON can hold
     "What distinguishes these cells from others, and how they are read"
-    parts = (self.library,self.totals,self.code)
-    data = hashlib.sha256(b''.join(np.ascontiguousarray(v).tobytes() for v in parts)).hexdigest()[:16]
+    numbers = b''.join(np.ascontiguousarray(v).tobytes() for v in (self.library,self.totals,self.code))
+    names = json.dumps([self.labels,self.categories,self.genes]).encode()
+    data = hashlib.sha256(numbers+names).hexdigest()[:16]
     return dict(data=data, stream=[self.X.block,self.X.pool] if self.on_disk else None)
 
 # %% ../nbs/04d_cells.ipynb #d5a30d77

@@ -304,8 +304,12 @@ def evaluate(
     out = free_name(out, folder=True)
     for name,given in dict(perfect_cells=perfect_cells, perfect_start=perfect_start).items():
         if given and not perfect: raise ValueError(f"--{name} needs --perfect, the folder of the model")
+    from scld.judges import named_judges
     from scld.report import evaluate as compare
+    from scld.settings import in_range
     from scld.storage import whole_folder
+    named_judges(judges or ())
+    in_range('trees', trees, (1,100_000))
     how = dict(seed=seed, layer=layer, round_counts=round_counts)
     third = third_mark(perfect, held, synth, perfect_cells, labels, perfect_start, **how) if perfect else None
     with whole_folder(out) as tmp:

@@ -161,12 +161,16 @@ def named_judges(
 )->dict: # The judges by name
     "Judges by name; `ValueError` where there is none of that name"
     if judges=='all': judges = [*known]
+    judges = () if judges is None else [judges] if callable(judges) else judges
     if isinstance(judges, str): judges = [j.strip() for j in judges.split(',')]
     for j in judges:
         if not callable(j) and j not in known:
             raise ValueError(f"there is no judge {j!r}; judges are {', '.join(known)}, or all for all of them")
-    found = [Judge(j.__name__, j) if callable(j) else known[j] for j in judges]
-    return {j.name: j for j in found}
+    found = [Judge(getattr(j, '__name__', type(j).__name__), j) if callable(j) else known[j] for j in judges]
+    names = [j.name for j in found]
+    twice = [k for k in names if names.count(k)>1]
+    if twice: raise ValueError(f"two judges are called {twice[0]!r}; give one of them another name")
+    return dict(zip(names, found))
 
 # %% ../nbs/06d_judges.ipynb #7fbe2235
 def to_judge(

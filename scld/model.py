@@ -52,11 +52,13 @@ class SCLD:
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
         if isinstance(start, (str,Path)): start = SCLD.load(start, 'cpu')
+        if start is not None and not isinstance(start, SCLD):
+            raise TypeError(f"start is a trained SCLD or the folder of one, got {type(start).__name__}")
         if start: start._refuse_unready()
         self.settings = settings_from(start.settings, config, kwargs) if start else read_settings(config, kwargs)
         self.training = TrainingCells(adata, layer, labels, self.settings['min_label'])
         self._describe(self.training.facts())
-        self.start = start_from(start, self.genes, self.categories) if start else None
+        self.start = start_from(start, self.genes, self.categories, self.labels) if start else None
         self.started = self.start.mark if start else None # Fingerprint of the model that this one was started from
         with steady(), seeded(0): self._build(self.training.means())
         self.history = pd.DataFrame()
@@ -257,6 +259,13 @@ def _scores(self:SCLD,
     if label is None or not self.net.denoiser.apart: return real
     return real*self.net.labeller.prob(X, label)
 
+# %% ../nbs/05a_model.ipynb #c76d4a05
+@patch
+def _shifts(self:SCLD, guidance):
+    "Function of labels to the shift of the decoder's outputs (A18), which fades with guidance below 0"
+    part = min(max(1+guidance, 0), 1)
+    return lambda label: part*self.net.ae.shift(label)
+
 # %% ../nbs/05a_model.ipynb #3211583e
 @patch
 @torch.no_grad()
@@ -269,7 +278,7 @@ def _block(self:SCLD,
 )->tuple: # Counts (CSR), latents, scores and conditions, n rows each
     "Draw candidates, score them, keep the best"
     cond = candidates(label, keep)
-    X,z = self._draw(self.net.denoiser.guided(guidance), self.net.ae.shift, times, cond, rng)
+    X,z = self._draw(self.net.denoiser.guided(guidance), self._shifts(guidance), times, cond, rng)
     score = self._scores(X, cond if guidance>=0 else None)
     best = keep_best(score, cond, Counter(label.tolist()))
     return X[best],z[best],score[best],cond[best]
@@ -343,7 +352,7 @@ def train(self:SCLD,
     settings = dict(self.settings, steps=run['steps'])
     device,(rank,size) = pick_device(device),processes()
     about = dict(settings, **self.training.mark(), **run, processes=size)
-    if self.start: about['start'] = self.start.mark
+    about['start'] = self.started
     kept = kept_stages(checkpoint, resume, about)
     how = dict(seed=run['seed'], progress=progress and rank==0, threads=self.settings['threads'])
     n = stage_steps(run['steps'], len(self.training), batch_size)
@@ -429,7 +438,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.5, # Refuse labels asked for by name that are recognised less often than this share of real cells
+    floor:float=0.5, # Refuse labels asked for by name recognised less often than this share of real cells; 0 refuses none
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # h5ad file to write block by block, for more cells than memory holds
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
@@ -446,7 +455,7 @@ def sample(self:SCLD,
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
     self._say_of_labels(request)
     least = floor if isinstance(request, dict) else 0.
-    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, heard=guidance>=0)
+    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, self.scored and bool(self.net.denoiser.apart))
     how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))
     if out is None: return self._anndata(how, blocks.start, *join(cells))
     shape = len(blocks),len(self.genes),len(self.net.scale.mean)
@@ -472,7 +481,7 @@ def interpolate(self:SCLD,
         start,end = (of(torch.full(r.shape, k, device=r.device)) for k in ends)
         return torch.lerp(start, end, r[:,None])
     def noise(zt, t, r): return between(r, partial(denoiser, zt, t))
-    def shift(r): return between(r, self.net.ae.shift)
+    def shift(r): return between(r, self._shifts(guidance))
     def make(rng, r):
         X,z = self._draw(noise, shift, times, r, rng)
         return X,z,self._scores(X),np.full(len(r), len(self.categories))

@@ -246,6 +246,7 @@ def watch(self:Recognition,
     blocks, # Tuples of counts (CSR), …, conditions: rows of each
     floor:float=0., # Least share of cells recognised, as a share of what real cells are; 0 for any, 0.8 for few cells
     heard:bool=True, # Does guidance hear the labels?
+    sorts:bool=True, # Does the score hear them, so that keeping fewer candidates helps?
 ):
     "The same blocks with labels in the place of conditions, as long as they are what was asked for"
     least = np.where(few(self.table['n']), max(floor, 0.8), floor)
@@ -255,8 +256,8 @@ def watch(self:Recognition,
             bad = self.unlike(least, level=0.05) if floor else []
             if bad:
                 what = "synthetic cells are not what was asked for; by expression a classifier recognises as"
-                todo = "train longer or on more cells of it, keep the likest with keep=0.5, or take any with floor=0"
-                raise RuntimeError(f"{what} {bad[0]}; {todo}")
+                likest = "keep the likest with keep=0.5, "*sorts
+                raise RuntimeError(f"{what} {bad[0]}; train longer or on more cells of it, {likest}or take any with floor=0")
             yield X,*rest,label
     bad = self.unlike(0.8)
     some = f"synthetic cells of {len(bad)} of {np.count_nonzero(self.n)} labels are less like their label"

@@ -20,8 +20,7 @@ from .biology import (coexpression,gene_metrics,label_distance,label_f1,library_
                           per_label)
 from .data import lognorm
 from .differences import yardstick
-from .judges import named_judges,opinion,opinions_text
-from .judges import permuted
+from .judges import named_judges,opinion,opinions_text,permuted
 from .metrics import (auc_gap,auc_sides,beyond_chance,classifier_scores,mmd2_sides,neighbour_metrics,
                           poisson_cells,pool_pcs,rf_auc,sides)
 from .page import figure,guide,html,word
@@ -234,8 +233,9 @@ def _on_perfect(metrics, types, n_train):
     out = []
     if seen:
         out.append(f"Even a perfect fit to {n_train:,} cells differs from real cells in {len(seen)} figures. There, "
-                   "too few cells are at fault more than this model; learn from more cells, or start from a model of a "
-                   f"larger set: {', '.join(seen)}.")
+                   "too few cells are at fault, or too short a training, which a perfect fit repeats; this model's own "
+                   "shape is not. Train for twice the steps: if the perfect fit comes nearer, it was the training; if not, learn "
+                   f"from more cells, or start from a model of a larger set: {', '.join(seen)}.")
     if own:
         out.append(f"A perfect fit to {n_train:,} cells passes where these cells do not. Before you look for more "
                    f"cells, try more training steps or other settings: {', '.join(own)}.")
@@ -393,7 +393,7 @@ def evaluate(
     layer:str|None=None, # Layer that holds the counts; synthetic cells may have theirs in `X`
     round_counts:bool=False, # Round values to whole numbers first?
     progress:bool=True, # Show a bar on stderr?
-    judges:str|tuple=(), # Other people's judges to ask too, by name, or 'all': see `06d_judges`
+    judges:str|tuple|None=(), # Other people's judges to ask too, by name, or 'all': see `06d_judges`
     perfect:tuple|dict|None=None, # Held, synth and train of a perfect fit, from `perfect_fit` of `06l_perfect`
 )->Report: # Tables, figures, HTML
     "How well synthetic cells pass for real ones, beside control, chance and nulls"

@@ -40,6 +40,7 @@ def named_set(
     name:str, # One of `named_sets`
 )->AnnData|None: # Counts, with a type for every cell in `obs["cell_type"]`; None where the data are not there
     "One of the sets of the experiments, from the folder that `$SCLD_DATA` names"
+    if name not in named_sets: raise ValueError(f"there is no set {name!r}; sets are {', '.join(named_sets)}")
     path = find_data(f'{named_sets[name]}.h5ad')
     if path is None: return None
     a = ad.read_h5ad(path)
@@ -69,8 +70,11 @@ def cut_down(
     sizes:tuple=(7,15,30,60), # Cells left, of as many types
 )->tuple: # True for the cells kept; cells left of each type cut, by label
     "Cut some types down to few cells"
+    label = np.asarray(label).astype(str)
     names,n = np.unique(label, return_counts=True)
-    big = [str(k) for k,m in zip(names, n) if m>=least and k not in but]
+    big = [k for k,m in zip(names, n) if m>=least and k not in but]
+    few = f"only {len(big)} types have at least {least} cells, and {len(sizes)} are to be cut"
+    if len(big)<len(sizes): raise ValueError(few)
     order = np.random.default_rng(7).permutation(big)
     types = [str(order[(len(sizes)*draw+i)%len(order)]) for i in range(len(sizes))]
     left = dict(zip(types, np.roll(sizes, draw).tolist()))
@@ -98,7 +102,7 @@ def first_model(
     **settings, # Settings of `SCLD`
 )->SCLD|None: # A trained model, kept as `cells_home` says; None where the data are not there
     "A model of the training cells of a whole set, from which others start"
-    place = cells_home(f'first-{name}')
+    place = None if settings else cells_home(f'first-{name}')
     if place and place.exists(): return SCLD.load(place)
     both = standard_set(name)
     if both is None: return None
@@ -184,7 +188,10 @@ def other_real(
     "Other real cells, and those that choose genes and teach classifiers"
     rng,label = np.random.default_rng(seed),train.obs[labels].astype(str).to_numpy()
     def draw(k, n): return rng.permutation(np.flatnonzero(label==k))[:n]
-    own = np.concatenate([draw(k, n) for k,n in held.obs[labels].value_counts().items()])
+    wanted = held.obs[labels].astype(str).value_counts()
+    short = [f'{k!r}: {len(draw(k, n))} of {n}' for k,n in wanted.items() if len(draw(k, n))<n]
+    if short: raise ValueError(f"too few training cells of {len(short)} types to stand for held-out ones, the first {short[0]}")
+    own = np.concatenate([draw(k, n) for k,n in wanted.items()])
     own = np.isin(np.arange(train.n_obs), own)
     return train[own].copy(),train[~own].copy()
 

@@ -32,8 +32,10 @@ def adopt(self:PearsonComponents,
 ):
     "Read what the old encoder read, by the new numbers of its genes"
     new = match(old.genes.tolist(), genes.tolist()).to(old.genes.device)
-    self.genes,self.share = new.clamp(min=0),old.share.clone()
-    self.axes = old.axes*(new>=0)[:,None]
+    known = new>=0
+    n = known.sum()
+    self.genes[:n],self.share[:n] = new[known],old.share[known]
+    self.axes.zero_()[:n] = old.axes[known]
 
 # %% ../nbs/04f_start.ipynb #6862089d
 def _take(to, of, at):
@@ -144,20 +146,27 @@ def settings_from(
         raise ValueError("a model of the paper's kind (without noise on its latents) cannot be started from; "
                          "train one with the config 'default'")
     settings = read_settings('default', {**old, **given})
+    if (settings['label_sd']>0)!=(old['label_sd']>0):
+        raise ValueError(f"label_sd={settings['label_sd']} and {old['label_sd']} in the model to start from: labels have "
+                         "places in both, or in neither; leave it out")
     fixed = [k for k in given if settings[k]!=old[k] and k not in free]
     for k in fixed:
         raise ValueError(f"{k}={settings[k]!r} is {old[k]!r} in the model to start from; leave it out")
     return settings
 
 def start_from(
-    model, # Trained; it has `net`, `genes`, `categories` and `fingerprint`
+    model, # Trained; it has `net`, `settings`, `genes`, `categories`, `labels` and `fingerprint`
     genes:list, # Names of the new genes
     categories:list, # Names of the new labels
+    labels:str|None=None, # Column of `obs` they are from; those of clusters, `louvain`, are numbers and not names
 )->SimpleNamespace: # Its networks (a copy), the places of genes and labels in it, and its mark
     "What a new model needs of the one it starts from"
     at = match(genes, model.genes)
     n,first = (at>=0).sum().item(),f"whose first is {model.genes[0]!r}, here {genes[0]!r}"
     few = f"only {n:,} of {len(at):,} genes are in the model to start from, {first}"
     if 2*n<len(at): raise ValueError(f"{few}; are both symbols, or both Ensembl identifiers?")
-    return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=match(categories, model.categories),
-                           mark=model.fingerprint)
+    least = model.settings['n_latent']
+    if min(len(at), len(model.genes), least)!=min(len(model.genes), least):
+        raise ValueError(f"{len(at)} genes are too few for the {least} latents of the model to start from")
+    known = [] if 'louvain' in (labels,model.labels) else model.categories
+    return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=match(categories, known), mark=model.fingerprint)

@@ -191,6 +191,9 @@ def fit(
     if start: SCLD.load(start, 'cpu')
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
     model = SCLD(data, layer, labels, config, start, **own)
+    if start:
+        same = [f'{(at>=0).sum():,} of {len(at):,}' for at in (model.start.genes,model.start.labels)]
+        print(f'starts from {start}, which knows {same[0]} genes and {same[1]} labels', file=sys.stderr)
     print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
     model.train(seed=seed, checkpoint=run, resume=resume, device=device).save(out)
     if processes()[0]: return   # the first process tidies up and speaks for all
@@ -337,9 +340,12 @@ def audit(
     found = ask(held, synth, train, seed=seed, layer=layer, round_counts=round_counts)
     for k,v in found.items():
         caught = ', GIVES CELLS AWAY' if v['caught'] else ''
-        print(f"{k}: {v['value']:.4f}, p = {v['p']:.3f}{caught}")
+        print(f"{k}: {v['value']:.4f} (chance {v['low']:.4f} to {v['high']:.4f}), p = {v['p']:.3f}{caught}")
     print(f"training cells among the synthetic, verbatim: {found['exact copies']['cells']}")
-    return 3 if any(v['caught'] for v in found.values()) else 0
+    caught = any(v['caught'] for v in found.values())
+    if not caught: print("nothing was found, which is no proof: a few cells that come back, such as those of a rare type, can go "
+                         "unseen among many; a type of its own can be asked about where at least 10 held-out cells are of it")
+    return 3 if caught else 0
 
 # %% ../nbs/08_cli.ipynb #c201ae2d
 def demo_results(

@@ -557,7 +557,8 @@ def __repr__(self:SCLD):
     labels = f"{len(self.categories)} labels in {self.labels!r} ({names})"
     n = sum(p.numel() for p in self.net.parameters())
     settings = ', '.join(f'{k}={v}' for k,v in self.settings.items())
-    return f"SCLD, {state}: {len(self.genes):,} genes, {labels}\n{n:,} weights; {settings}"
+    begun = f", started from {self.started[:12]}" if self.started else ''
+    return f"SCLD, {state}{begun}: {len(self.genes):,} genes, {labels}\n{n:,} weights; {settings}"
 
 @patch
 def _repr_html_(self:SCLD):

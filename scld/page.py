@@ -411,9 +411,9 @@ def _found(report):
 
 # %% ../nbs/06j_page.ipynb #881ae97a
 _perfect = """
-<b>Perfect fit</b>: this model's own cells in place of real ones, and a new model fitted to {n_train} of them. A right
-model fitted to as many cells scores no better: cells of a model are simpler than real ones, so the mark is a lower
-bound."""
+<b>Perfect fit</b>: this model's own cells in place of real ones, and a new model fitted to {n_train} of them. On
+average a right model fitted to as many cells scores no better: cells of a model are simpler than real ones, so the mark
+is a lower bound. It is judged once, and the fewer cells are compared, the more chance there is in it, as in yours."""
 
 def _metrics_section(report):
     "All metrics, explained, as HTML"

@@ -40,7 +40,9 @@ def check_label(
         has = f"label {name!r} has {small[name]} training cells, fewer than min_label={few}"
         raise ValueError(f"{has}; cells made from so few are near copies")
     none = f" (labels of fewer than {few} cells have no name in a model)" if few else ''
-    raise KeyError(f"unknown label {name!r}; did you mean {closest(name, labels)!r}? The labels are {labels}{none}")
+    near = closest(name, labels, 0.5)
+    meant = f"did you mean {near!r}? The" if near else 'the'
+    raise KeyError(f"unknown label {name!r}; {meant} labels are {labels}{none}")
 
 # %% ../nbs/04a_requests.ipynb #f60b6bd1
 def check_number(

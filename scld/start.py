@@ -6,7 +6,7 @@
 __all__ = ['free', 'match', 'worth', 'settings_from', 'start_from']
 
 # %% ../nbs/04f_start.ipynb #9ff1315e
-import copy
+import copy,warnings
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
@@ -169,4 +169,8 @@ def start_from(
     if min(len(at), len(model.genes), least)!=min(len(model.genes), least):
         raise ValueError(f"{len(at)} genes are too few for the {least} latents of the model to start from")
     known = [] if 'louvain' in (labels,model.labels) else model.categories
+    new,left = ([k for k in a if k not in b] for a,b in ((categories,known),(known,categories)))
+    if new and left:
+        warnings.warn(f"{len(new)} labels are not in the model to start from, the first {new[0]!r}, and {len(left)} of its labels "
+                      f"are not here, the first {left[0]!r}; if two names mean one type, give yours its name", stacklevel=3)
     return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=match(categories, known), mark=model.fingerprint)

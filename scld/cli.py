@@ -343,8 +343,9 @@ def audit(
         print(f"{k}: {v['value']:.4f} (chance {v['low']:.4f} to {v['high']:.4f}), p = {v['p']:.3f}{caught}")
     print(f"training cells among the synthetic, verbatim: {found['exact copies']['cells']}")
     caught = any(v['caught'] for v in found.values())
-    if not caught: print("nothing was found, which is no proof: a few cells that come back, such as those of a rare type, can go "
-                         "unseen among many; a type of its own can be asked about where at least 10 held-out cells are of it")
+    if not caught:
+        print("nothing was found, which is no proof: a few cells that come back, such as those of a rare type, can go "
+              "unseen among many; a type of its own can be asked about where at least 10 held-out cells are of it")
     return 3 if caught else 0
 
 # %% ../nbs/08_cli.ipynb #c201ae2d

@@ -438,7 +438,7 @@ def sample(self:SCLD,
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
-    floor:float=0.5, # Refuse labels asked for by name recognised less often than this share of real cells; 0 refuses none
+    floor:float=0.5, # Refuse labels asked for by name that are recognised less often than this share of real cells
     batch_size:int=512, # Cells in the making at once, a block of 256 on each thread; no influence on the cells
     out:str|Path|None=None, # h5ad file to write block by block, for more cells than memory holds
     part:tuple=(1,1), # `(2, 8)` makes the second of eight parts, the same cells that are there in the whole
@@ -455,7 +455,8 @@ def sample(self:SCLD,
     cells = blocks.each(self._maker(guidance, keep, steps), at_once, progress)
     self._say_of_labels(request)
     least = floor if isinstance(request, dict) else 0.
-    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, self.scored and bool(self.net.denoiser.apart))
+    sorts = self.scored and bool(self.net.denoiser.apart)
+    cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, sorts)
     how |= dict(n=json.dumps(request), part='{}/{}'.format(*part))
     if out is None: return self._anndata(how, blocks.start, *join(cells))
     shape = len(blocks),len(self.genes),len(self.net.scale.mean)

@@ -147,7 +147,8 @@ def kept_fit(
     if _check_start(model, kwargs.get('start')): of_cells['start'] = model.started
     about = json.loads(json.dumps(dict(model=model.fingerprint, **numbers, **of_cells)))
     if folder.exists():
-        if not (folder/'perfect.json').exists(): raise ValueError(f"{folder} holds no perfect fit; choose a folder that is not there yet")
+        none = f"{folder} holds no perfect fit; choose a folder that is not there yet"
+        if not (folder/'perfect.json').exists(): raise ValueError(none)
         there = json.loads((folder/'perfect.json').read_text(encoding='utf-8'))
         other = [k for k in about|there if about.get(k)!=there.get(k)]
         if other:

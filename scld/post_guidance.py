@@ -257,7 +257,8 @@ def watch(self:Recognition,
             if bad:
                 what = "synthetic cells are not what was asked for; by expression a classifier recognises as"
                 likest = "keep the likest with keep=0.5, "*sorts
-                raise RuntimeError(f"{what} {bad[0]}; train longer or on more cells of it, {likest}or take any with floor=0")
+                todo = f"train longer or on more cells of it, {likest}or take any with floor=0"
+                raise RuntimeError(f"{what} {bad[0]}; {todo}")
             yield X,*rest,label
     bad = self.unlike(0.8)
     some = f"synthetic cells of {len(bad)} of {np.count_nonzero(self.n)} labels are less like their label"

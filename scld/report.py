@@ -232,10 +232,11 @@ def _on_perfect(metrics, types, n_train):
     own = [k for k,m in metrics.items() if m['differs'] and not m['nearer'] and k not in seen]
     out = []
     if seen:
-        out.append(f"Even a perfect fit to {n_train:,} cells differs in {len(seen)} figures from the cells that it stands for. There, "
-                   "too few cells are at fault, or too short a training, which a perfect fit repeats; this model's own "
-                   "shape is not. Train for twice the steps: if the perfect fit comes nearer, it was the training; if not, learn "
-                   f"from more cells, or start from a model of a larger set: {', '.join(seen)}.")
+        out.append(f"Even a perfect fit to {n_train:,} cells differs in {len(seen)} figures from the cells that it stands "
+                   "for. There, too few cells are at fault, or too short a training, which a perfect fit repeats; this "
+                   "model's own shape is not. Train for twice the steps: if the perfect fit comes nearer, it was the "
+                   "training; if not, learn from more cells, or start from a model of a larger set: "
+                   f"{', '.join(seen)}.")
     if own:
         out.append(f"A perfect fit to {n_train:,} cells passes where these cells do not. Before you look for more "
                    f"cells, try more training steps or other settings: {', '.join(own)}.")
@@ -307,7 +308,7 @@ def _marks(self:Report):
 def _read_perfect(perfect, sets, cells, labels, seed):
     "The sets of a perfect fit, as many cells of each as are compared, number of its training cells; or nothing"
     if perfect is None: return None
-    if not isinstance(perfect, (tuple,dict)) or len(perfect)!=3:
+    if not isinstance(perfect, (tuple,list,dict)) or len(perfect)!=3:
         kind = type(perfect).__name__
         raise TypeError(f"perfect is what perfect_fit(model, held, synth) returns, three sets of cells, got {kind}")
     given = perfect if isinstance(perfect, dict) else dict(zip(('held','synth','train'), perfect, strict=True))

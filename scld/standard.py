@@ -190,7 +190,8 @@ def other_real(
     def draw(k, n): return rng.permutation(np.flatnonzero(label==k))[:n]
     wanted = held.obs[labels].astype(str).value_counts()
     short = [f'{k!r}: {len(draw(k, n))} of {n}' for k,n in wanted.items() if len(draw(k, n))<n]
-    if short: raise ValueError(f"too few training cells of {len(short)} types to stand for held-out ones, the first {short[0]}")
+    few = f"too few training cells of {len(short)} types to stand for held-out ones"
+    if short: raise ValueError(f"{few}, the first {short[0]}")
     own = np.concatenate([draw(k, n) for k,n in wanted.items()])
     own = np.isin(np.arange(train.n_obs), own)
     return train[own].copy(),train[~own].copy()

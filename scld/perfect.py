@@ -144,7 +144,8 @@ def kept_fit(
     numbers = {k: _numbers(v, model.labels) for k,v in given.items()}
     of_cells['seed'] = int(kwargs.get('seed', 0))
     of_cells['how'] = drawn_with(n_synth, model) if kwargs.get('how') is None else kwargs['how']
-    if _check_start(model, kwargs.get('start')): of_cells['start'] = model.started
+    start = _check_start(model, kwargs.get('start'))
+    if start: of_cells['start'],kwargs['start'] = model.started,start
     about = json.loads(json.dumps(dict(model=model.fingerprint, **numbers, **of_cells)))
     if folder.exists():
         none = f"{folder} holds no perfect fit; choose a folder that is not there yet"

@@ -188,8 +188,8 @@ def other_real(
     "Other real cells, and those that choose genes and teach classifiers"
     rng,label = np.random.default_rng(seed),train.obs[labels].astype(str).to_numpy()
     def draw(k, n): return rng.permutation(np.flatnonzero(label==k))[:n]
-    wanted = held.obs[labels].astype(str).value_counts()
-    short = [f'{k!r}: {len(draw(k, n))} of {n}' for k,n in wanted.items() if len(draw(k, n))<n]
+    wanted = held.obs[labels].value_counts()
+    short = [f'{k!r}: {(label==k).sum()} of {n}' for k,n in wanted.items() if (label==k).sum()<n]
     few = f"too few training cells of {len(short)} types to stand for held-out ones"
     if short: raise ValueError(f"{few}, the first {short[0]}")
     own = np.concatenate([draw(k, n) for k,n in wanted.items()])

@@ -8,7 +8,8 @@ __all__ = ['defaults', 'configs', 'ranges', 'choices', 'join_two', 'training', '
 
 # %% ../nbs/04b_settings.ipynb #cb3484c2
 import numpy as np, torch
-from .autoencoder import features,likelihoods
+from .autoencoder import features
+from .jackpots import likelihoods
 from .scale import depths
 from .requests import closest
 from .unet import backbones,fusions
@@ -33,7 +34,7 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='nb', # `nb` or `poisson` (counts), or `mse` (the paper's): noise and priors are then 0 unless given
+    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse` (the paper's), where noise and priors are 0 unless given
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None

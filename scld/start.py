@@ -39,8 +39,9 @@ def adopt(self:PearsonComponents,
 
 # %% ../nbs/04f_start.ipynb #6862089d
 def _take(to, of, at):
-    "Put the rows of `of` where `at` says, and leave rows alone that have none"
-    to[at>=0] = of.to(to)[at[at>=0]]
+    "Put the rows of `of` where `at` says, and leave rows alone that have none; a single number is taken as it is"
+    if to.ndim: to[at>=0] = of.to(to)[at[at>=0]]
+    else: to.copy_(of)
 
 @patch
 @torch.no_grad()

@@ -71,7 +71,9 @@ def _nonzero(counts):
     i = counts.bool().flatten().nonzero()[:,0]   # quicker than on numbers
     return i,i//counts.shape[1]
 
-def row_sums(v, row, n): return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)
+def row_sums(v, row, n):
+    "Sums of `v`, shape (n,), over what stands in the same `row`"
+    return torch.zeros(n, device=v.device, dtype=v.dtype).index_add(0, row, v)
 
 @patch
 def nll(self:Poisson,
@@ -120,8 +122,8 @@ def nb_parts(
     log_mean:torch.Tensor, # log x̂, shape (n, n_genes)
     log_phi:torch.Tensor, # log φ, shape (n, n_genes)
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
-)->tuple: # -log P(0) of all, shape (n, n_genes); log P(x)-log P(0) of the m counts above 0, their places, their rows, shape (m,) each
-    "The two sums of (A6), before they are summed"
+)->tuple: # -log P(0), shape (n, n_genes); of the m counts above 0 log P(x)-log P(0), places and rows, shape (m,) each
+    "The two sums of (A6), before they are summed; places are those of the flattened matrix"
     odds = log_mean-log_phi
     soft = F.softplus(odds)
     i,row = _nonzero(counts)

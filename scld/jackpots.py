@@ -17,18 +17,18 @@ class Jackpots(NegativeBinomial):
     def __init__(self,
         n_genes:int, # Number of genes
         log_phi:float=3., # Log inverse dispersion to start from
-        kappa:float=1e-4, # Jackpots for each molecule to start from
+        often:float=1e-4, # Jackpots for each molecule to start from
         size:float=20., # Their mean size to start from, in counts, above 1
     ):
         super().__init__(n_genes, log_phi)
-        self.log_kappa = nn.Parameter(torch.tensor(kappa).log())
+        self.log_often = nn.Parameter(torch.tensor(often).log())
         self.log_more = nn.Parameter(torch.tensor(size-1.).log())
     @property
-    def kappa(self): return self.log_kappa.exp()
+    def often(self): return self.log_often.exp()
     @property
     def size(self): return 1+self.log_more.exp()
     @property
-    def body(self): return 1/(1+self.kappa*self.size)
+    def body(self): return 1/(1+self.often*self.size)
 
 likelihoods['jackpots'] = Jackpots
 
@@ -40,8 +40,7 @@ def draw(self:Jackpots,
     rng:np.random.Generator, # Source of randomness
 )->np.ndarray: # Whole numbers, shape (n, n_genes), int64
     "Counts around the mean of `h`, equation (A19)"
-    often = self.kappa*self.body*self.mean(h, library)
-    hits = rng.poisson(often.double().cpu().numpy())
+    hits = rng.poisson((self.often*self.body*self.mean(h, library)).double().cpu().numpy())
     return hits+rng.poisson(self.rate(h, library, rng)+rng.gamma(hits, self.log_more.exp().item()))
 
 # %% ../nbs/01c_jackpots.ipynb #207bd969
@@ -53,7 +52,7 @@ def log_odds(self:Jackpots,
 )->torch.Tensor: # Log odds, shape (m,); -100 where no jackpot is possible
     "Log odds that a count holds a jackpot, from the two terms of (A20)"
     j = x-log_mean.exp()
-    one = self.log_kappa+log_mean-self.size.log()+(j-1)*torch.log1p(-1/self.size)
+    one = self.log_often+log_mean-self.size.log()+(j-1)*torch.log1p(-1/self.size)
     return torch.where(j>=1, one-log_body, -100.)
 
 # %% ../nbs/01c_jackpots.ipynb #6109bf98
@@ -67,7 +66,7 @@ def nll(self:Jackpots,
     log_mean = self.log_mean(h, library)
     none,more,i,row = nb_parts(log_mean, self.log_dispersion(h, library), counts)
     odds = self.log_odds(counts.take(i), log_mean.take(i), more-none.take(i))
-    return none.sum(1)+self.kappa*self.body*library[:,0]-row_sums(more+F.softplus(odds), row, len(h))
+    return none.sum(1)+self.often*self.body*library[:,0]-row_sums(more+F.softplus(odds), row, len(h))
 
 # %% ../nbs/01c_jackpots.ipynb #b9d6f86d
 @patch

@@ -94,7 +94,7 @@ def cells_home(
     return Path(home)/name
 
 # %% ../nbs/06h_standard.ipynb #23725b1b
-starts = dict(pbmc3k='zheng17', zheng17='pbmc3k', neurons10k='zheng17')
+starts = dict(pbmc3k='zheng17', zheng17='pbmc3k', neurons10k=None)
 
 @lru_cache(2)
 def first_model(

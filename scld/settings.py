@@ -34,7 +34,7 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse` (the paper's), where noise and priors are 0 unless given
+    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse`, the paper's (noise, priors: 0 unless given)
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None

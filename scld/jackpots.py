@@ -9,7 +9,7 @@ __all__ = ['Jackpots']
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .autoencoder import NegativeBinomial,likelihoods,nb_parts,row_sums
+from .autoencoder import NegativeBinomial,as_numbers,likelihoods,nb_parts,row_sums
 
 # %% ../nbs/01c_jackpots.ipynb #be7ebd7a
 class Jackpots(NegativeBinomial):
@@ -18,7 +18,7 @@ class Jackpots(NegativeBinomial):
         n_genes:int, # Number of genes
         log_phi:float=3., # Log inverse dispersion to start from
         often:float=1e-4, # Jackpots for each molecule to start from
-        size:float=20., # Their mean size to start from, in counts, above 1
+        size:float=20., # Their mean size to start from, in counts, at least 2
     ):
         super().__init__(n_genes, log_phi)
         self.log_often = nn.Parameter(torch.tensor(often).log())
@@ -26,7 +26,7 @@ class Jackpots(NegativeBinomial):
     @property
     def often(self): return self.log_often.exp()
     @property
-    def size(self): return 1+self.log_more.exp()
+    def size(self): return 1+self.log_more.clamp(min=0.).exp()
     @property
     def body(self): return 1/(1+self.often*self.size)
 
@@ -38,10 +38,11 @@ def draw(self:Jackpots,
     h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
     rng:np.random.Generator, # Source of randomness
+    times:torch.Tensor|float=1., # Factor on what is expected, broadcasts with shape (n, n_genes)
 )->np.ndarray: # Whole numbers, shape (n, n_genes), int64
     "Counts around the mean of `h`, equation (A19)"
-    hits = rng.poisson((self.often*self.body*self.mean(h, library)).double().cpu().numpy())
-    return hits+rng.poisson(self.rate(h, library, rng)+rng.gamma(hits, self.log_more.exp().item()))
+    hits = rng.poisson(as_numbers(self.often*self.body*self.mean(h, library)*times))
+    return hits+rng.poisson(self.rate(h, library, rng)*as_numbers(times)+rng.gamma(hits, self.size.item()-1))
 
 # %% ../nbs/01c_jackpots.ipynb #207bd969
 @patch

@@ -123,7 +123,7 @@ def read_settings(
 
 # %% ../nbs/04b_settings.ipynb #e5d4a584
 training = dict(steps=(20,10**9), batch_size=(1,10**6), seed=(0,2**63-1)) # Ranges of the arguments of `SCLD.train`
-sampling = dict(guidance=(-1.,100.), keep=(0.01,1.), steps=(1,10**6), seed=(0,2**63-1), floor=(0.,1.),
+sampling = dict(guidance=(-1.,100.), keep=(0.01,1.), steps=(1,10**6), seed=(0,2**63-1), floor=(0.,1.), depth=(0.001,100.),
                 batch_size=(1,10**9), n=(1,10**9)) # Ranges of those of `SCLD.sample` and `SCLD.interpolate`
 
 def in_ranges(

@@ -462,12 +462,20 @@ def at(self:Autoencoder,
 
 # %% ../nbs/01_autoencoder.ipynb #ec230a47
 @patch
-def both(self:Poisson,
+def sides(self:Poisson,
     h:torch.Tensor, # Decoder output, shape (n, n_out)
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
-)->tuple: # Observed and expected counts, shape (n, n_genes) each
-    "What stands on both sides of (A15)"
-    return counts,self.mean(h, counts.sum(1, keepdim=True))
+)->torch.Tensor: # Observed counts, molecules of jackpots, their number, expected counts; shape (4, n, n_genes)
+    "What (A15) is summed from; no count is a jackpot here"
+    none = torch.zeros_like(counts)
+    return torch.stack([counts,none,none,self.mean(h, counts.sum(1, keepdim=True))])
+
+@patch
+def settle(self:Poisson,
+    sums:torch.Tensor, # Sums of `sides` over cells, shape (4, …, n_genes)
+)->tuple: # Observed and expected totals, shape (…, n_genes) each
+    "Both sides of (A15)"
+    return sums[0],sums[3]
 
 # %% ../nbs/01_autoencoder.ipynb #4f74bf31
 @patch
@@ -476,12 +484,11 @@ def totals(self:Autoencoder,
     batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,), or None
 )->tuple: # Observed and expected counts of each gene, shape (n_genes,) each
     "Both sides of (A15)"
-    seen = expected = 0
+    sums = 0
     for x,label in batches():
         z,s = self.posterior(x, label)
-        got,mean = self.likelihood.both(self.decoder(z+s*torch.randn_like(z)), x)
-        seen,expected = seen+got.sum(0),expected+mean.sum(0)
-    return seen,expected
+        sums = sums+self.likelihood.sides(self.decoder(z+s*torch.randn_like(z)), x).sum(1)
+    return self.likelihood.settle(sums)
 
 # %% ../nbs/01_autoencoder.ipynb #d4e7a87b
 @patch
@@ -541,13 +548,11 @@ def calibrate_labels(self:Autoencoder,
     worth:float=0., # Counts that an earlier word on these totals is worth, (O2); both sides get as many, at least 3
 )->Autoencoder: # Itself
     "Shift the outputs of each label so that expected totals come near to the observed ones, equation (A18)"
-    (seen,expected),rows = torch.zeros(2, *self.shifts.shape, device=n.device),torch.zeros_like(n)
+    sums,rows = torch.zeros(4, *self.shifts.shape, device=n.device),torch.zeros_like(n)
     for x,label in batches():
         z,s = self.posterior(x, label)
-        got,mean = self.likelihood.both(self.decoder(z+s*torch.randn_like(z)), x)
-        seen.index_add_(0, label, got)
-        expected.index_add_(0, label, mean)
+        sums.index_add_(1, label, self.likelihood.sides(self.decoder(z+s*torch.randn_like(z)), x))
         rows += torch.bincount(label, minlength=len(n))
-    share,add = (n/rows.clamp(min=1))[:,None],max(worth, 3.)
+    (seen,expected),share,add = self.likelihood.settle(sums),(n/rows.clamp(min=1))[:,None],max(worth, 3.)
     self.shifts[:] = ((add+share*seen)/(add+share*expected)).log()
     return self

@@ -6,7 +6,7 @@
 __all__ = ['Jackpots']
 
 # %% ../nbs/01c_jackpots.ipynb #984b7d82
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, scipy.stats, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .autoencoder import NegativeBinomial,as_numbers,likelihoods,nb_parts,row_sums
@@ -17,18 +17,18 @@ class Jackpots(NegativeBinomial):
     def __init__(self,
         n_genes:int, # Number of genes
         log_phi:float=3., # Log inverse dispersion to start from
-        often:float=1e-4, # Jackpots for each molecule to start from
-        size:float=20., # Their mean size to start from, in counts, at least 2
+        often:float=3e-4, # Jackpots for each molecule to start from
+        size:float=20., # Their mean size to start from, in counts, above 1
     ):
         super().__init__(n_genes, log_phi)
         self.log_often = nn.Parameter(torch.tensor(often).log())
         self.log_more = nn.Parameter(torch.tensor(size-1.).log())
     @property
-    def often(self): return self.log_often.exp()
+    def size(self): return 1+self.log_more.exp()
     @property
-    def size(self): return 1+self.log_more.clamp(min=0.).exp()
+    def often(self): return torch.minimum(self.log_often.exp(), 0.3/self.size)
     @property
-    def body(self): return 1/(1+self.often*self.size)
+    def body(self): return 1/(1+self.often*self.size) if self.own else 1.
 
 likelihoods['jackpots'] = Jackpots
 
@@ -53,7 +53,8 @@ def log_odds(self:Jackpots,
 )->torch.Tensor: # Log odds, shape (m,); -100 where no jackpot is possible
     "Log odds that a count holds a jackpot, from the two terms of (A20)"
     j = x-log_mean.exp()
-    one = self.log_often+log_mean-self.size.log()+(j-1)*torch.log1p(-1/self.size)
+    any_ = (self.often*log_mean.exp()).clamp(1e-30, 50.).expm1().log()
+    one = any_-self.size.log()-(j-1)*F.softplus(-self.log_more)   # log(1-1/χ), also for sizes near 1
     return torch.where(j>=1, one-log_body, -100.)
 
 # %% ../nbs/01c_jackpots.ipynb #6109bf98
@@ -62,23 +63,35 @@ def nll(self:Jackpots,
     h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
 )->torch.Tensor: # Negative log-likelihood of each cell, shape (n,), in nats
-    "How badly `h` explains `counts`, equation (A20)"
+    "How badly `h` explains `counts`, equation (A20); by (A6) while means are learnt alone"
     library = counts.sum(1, keepdim=True).clamp(min=1)
     log_mean = self.log_mean(h, library)
+    if not self.own: return NegativeBinomial.nll(self, h, counts)+0*(self.log_often+self.log_more)
     none,more,i,row = nb_parts(log_mean, self.log_dispersion(h, library), counts)
     odds = self.log_odds(counts.take(i), log_mean.take(i), more-none.take(i))
     return none.sum(1)+self.often*self.body*library[:,0]-row_sums(more+F.softplus(odds), row, len(h))
 
 # %% ../nbs/01c_jackpots.ipynb #b9d6f86d
 @patch
-def both(self:Jackpots,
+def sides(self:Jackpots,
     h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
-)->tuple: # Observed and expected counts, both without jackpots, shape (n, n_genes) each
-    "What stands on both sides of (A15), by (A21)"
+)->torch.Tensor: # Observed counts, molecules of jackpots, their number, body expected; shape (4, n, n_genes)
+    "What (A21) is summed from"
     library = counts.sum(1, keepdim=True).clamp(min=1)
     log_mean = self.log_mean(h, library)
     none,more,i,_ = nb_parts(log_mean, self.log_dispersion(h, library), counts)
     x,mean = counts.take(i),log_mean.exp()
     jackpot = self.log_odds(x, log_mean.take(i), more-none.take(i)).sigmoid()
-    return counts.flatten().scatter_add(0, i, jackpot*(mean.take(i)-x)).view_as(counts),mean
+    def matrix(v): return torch.zeros_like(counts).flatten().scatter(0, i, v).view_as(counts)
+    return torch.stack([counts,matrix(jackpot*(x-mean.take(i))),matrix(jackpot),mean])
+
+@patch
+def settle(self:Jackpots,
+    sums:torch.Tensor, # Sums of `sides` over cells, shape (4, …, n_genes)
+)->tuple: # Observed and expected totals, shape (…, n_genes) each
+    "Both sides of (A15) without jackpots, equation (A21)"
+    seen,too_many,number,body = sums
+    most = scipy.stats.poisson.isf(1e-3, as_numbers(self.often*body))
+    part = (torch.as_tensor(most).to(number)/number.clamp(min=1e-9)).clamp(max=1)
+    return seen-part*too_many,body

@@ -87,6 +87,7 @@ def sides(self:Jackpots,
     return torch.stack([counts,matrix(jackpot*(x-mean.take(i))),matrix(jackpot),mean])
 
 @patch
+@torch.no_grad()
 def settle(self:Jackpots,
     sums:torch.Tensor, # Sums of `sides` over cells, shape (4, …, n_genes)
 )->tuple: # Observed and expected totals, shape (…, n_genes) each

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['program', 'as_options', 'goes_on', 'main', 'free_name', 'keep_genes', 'split', 'run_folder', 'clear_run', 'fit',
-           'read_cells', 'read_part', 'sample', 'write_numbers', 'third_mark', 'evaluate', 'audit', 'demo_results',
-           'demo']
+           'read_cells', 'read_part', 'planted_in', 'sample', 'write_numbers', 'third_mark', 'evaluate', 'audit',
+           'demo_results', 'demo']
 
 # %% ../nbs/08_cli.ipynb #5329008f
 import json,os,re,sys,time,warnings
@@ -27,7 +27,8 @@ _options = { # What the library advises: what to do on the command line
     r'\bfloor=0\b': '--floor 0',
     r'\bkeep=0\.5\b': '--keep 0.5',
     r"config='(\w+)' and start exclude": r'--config \1 and --start exclude',
-    r'\b(threads|steps|min_label|guidance|keep|floor)=(\S+) must be': r'--\1 \2 must be',
+    r'\b(threads|steps|min_label|guidance|keep|floor|depth)=(\S+) must be': r'--\1 \2 must be',
+    r'genes of effect are not': 'genes of --effect are not',
     r'\bkeep must be 1': '--keep must be 1',
     r'\bpart=\((\d+), (\d+)\) must be a pair such as \(2, 8\)': r'--part \1/\2 must be a pair such as 2/8',
     r'\bmin_label=(\d+) cells': r'\1 cells (--min_label of scld fit)',
@@ -222,6 +223,24 @@ def read_part(
     if not pair: raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
     return tuple(map(int, pair.groups()))
 
+# %% ../nbs/08_cli.ipynb #477744b4
+def planted_in(
+    path:str, # CSV with columns `label`, `gene` and `log2_fold_change`
+)->dict: # By label and gene, for `SCLD.sample`
+    "Fold changes to plant, read from a file; `ValueError` where it is not such a table"
+    import pandas as pd
+    if not Path(path).is_file(): raise ValueError(f"--effect {path}: there is no file of this name")
+    table = pd.read_csv(path, dtype={'label': str, 'gene': str})
+    missing = [c for c in ('label','gene','log2_fold_change') if c not in table]
+    if missing or not len(table):
+        lacks = f"has no column {missing[0]!r}" if missing else 'has no rows'
+        raise ValueError(f"--effect {path} {lacks}; write label,gene,log2_fold_change, a row for each change")
+    twice = table.duplicated(['label','gene'])
+    if twice.any():
+        row = table[twice].iloc[0]
+        raise ValueError(f"--effect {path}: {twice.sum():,} changes stand twice, the first {row['gene']!r} in {row['label']!r}")
+    return {k: dict(zip(g['gene'], g['log2_fold_change'])) for k,g in table.groupby('label', sort=False)}
+
 # %% ../nbs/08_cli.ipynb #8d89a0f6
 @program.command
 def sample(
@@ -234,6 +253,8 @@ def sample(
     keep:float=1., # Share of the cells to keep, best first
     floor:float=0.5, # Refuse types recognised less often than this share of real cells (0.8 of few); 0 for none
     steps:int=10, # Network evaluations a cell
+    depth:float=1., # Share of the molecules that are found: 0.5 for half; above 1 for deeper than the training cells
+    effect:str=None, # CSV of fold changes to plant, with columns `label`, `gene`, `log2_fold_change`
     seed:int=0, # Same seed, same cells
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
     part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
@@ -245,7 +266,8 @@ def sample(
     if cells is not None: want = read_cells(cells)
     out,part = free_name(out),read_part(part)
     from scld.model import SCLD
-    how = dict(guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor)
+    how = dict(guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor, depth=depth)
+    if effect is not None: how['effect'] = planted_in(effect)
     print(SCLD.load(model, device).sample(want, **how, out=out, part=part, progress=True))
 
 # %% ../nbs/08_cli.ipynb #ec5c55a9

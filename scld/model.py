@@ -564,6 +564,16 @@ def load(cls:SCLD,
     self.history = pd.DataFrame()
     return self
 
+# %% ../nbs/05a_model.ipynb #2ae41693
+@patch
+def _known_labels(self:SCLD, cells, labels):
+    "Numbers of the labels of real cells; `ValueError` for labels that the model does not know"
+    label = pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
+    if (label>=0).all(): return label
+    first,known = str(cells.obs[labels][label<0].iloc[0]),', '.join(self.categories[:5])
+    unknown = f"{(label<0).sum():,} cells have labels that the model does not know, the first {first!r}"
+    raise ValueError(f"{unknown}; it knows {known}{', …'*(len(self.categories)>5)}")
+
 # %% ../nbs/05a_model.ipynb #96e1cbbd
 @patch
 @torch.no_grad()
@@ -576,12 +586,30 @@ def score(self:SCLD,
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
     cells = read_counts(adata, layer)
-    label = None if labels is None else pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
-    if label is not None and (label<0).any():
-        first,known = str(cells.obs[labels][label<0].iloc[0]),', '.join(self.categories[:5])
-        unknown = f"{(label<0).sum():,} cells have labels that the model does not know, the first {first!r}"
-        raise ValueError(f"{unknown}; it knows {known}{', …'*(len(self.categories)>5)}")
+    label = None if labels is None else self._known_labels(cells, labels)
     with steady(): return self._scores(in_order(cells, self.genes, missing), label)
+
+# %% ../nbs/05a_model.ipynb #1acfdc76
+@patch
+@torch.no_grad()
+def encode(self:SCLD,
+    adata, # Real cells: an AnnData or the path of a file
+    layer:str|None=None, # Layer that holds the counts; `X` if absent
+    missing:str='error', # What to do about genes of the model that are not there: `error`, or `zero` to take them as 0
+    labels:str|None=None, # Column of `obs` with labels of the model, whose places in the latent are then known
+)->np.ndarray: # Standardised latents, the library size last, shape (n_cells, n_latent+1)
+    "Latents of real cells, in the space of `obsm['X_scld']` of synthetic ones, equation (3)"
+    self._refuse_unready()
+    cells = read_counts(adata, layer)
+    label = np.full(cells.n_obs, len(self.categories)) if labels is None else self._known_labels(cells, labels)
+    X,out = in_order(cells, self.genes, missing),[]
+    with steady():
+        for i in range(0, len(label), 1024):
+            x = torch.from_numpy(X[i:i+1024].toarray()).float().to(self.device)
+            z = self.net.ae.encode(x, torch.from_numpy(label[i:i+1024]).long().to(self.device))
+            z = torch.cat([z,self.net.depth.forward(x.sum(1, keepdim=True))], dim=1)
+            out.append(self.net.scale(z).cpu().numpy())
+    return np.concatenate(out)
 
 # %% ../nbs/05a_model.ipynb #22bf685a
 @patch

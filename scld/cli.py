@@ -245,7 +245,8 @@ def planted_in(
 @program.command
 def sample(
     model:str, # Folder of a saved model
-    out:str='synthetic.h5ad', # File to write; must not be there
+    out:str='synthetic.h5ad', # File to write, or the folder for `--format 10x`; must not be there
+    format:str='h5ad', # `h5ad`, or `10x` for a folder of 10x Genomics, which R reads
     n:int=1000, # Number of cells, of all types or of `label`
     label:str=None, # One type to make
     cells:str=None, # Several types, with numbers: "NK=500,B=200"
@@ -264,11 +265,17 @@ def sample(
         raise ValueError("--label is for one type and --cells for several; give one of them")
     want = n if label is None else {label: n}
     if cells is not None: want = read_cells(cells)
-    out,part = free_name(out),read_part(part)
+    if format not in ('h5ad','10x'): raise ValueError(f"no format {format!r}; choose h5ad or 10x")
+    if format=='10x' and out=='synthetic.h5ad': out = 'synthetic'
+    out,part = free_name(out, folder=format=='10x'),read_part(part)
     from scld.model import SCLD
     how = dict(guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor, depth=depth)
     if effect is not None: how['effect'] = planted_in(effect)
-    print(SCLD.load(model, device).sample(want, **how, out=out, part=part, progress=True))
+    model = SCLD.load(model, device)
+    if format=='h5ad': print(model.sample(want, **how, out=out, part=part, progress=True))
+    else:
+        from scld.files import write_10x
+        print(write_10x(model.sample(want, **how, part=part, progress=True), out))
 
 # %% ../nbs/08_cli.ipynb #ec5c55a9
 def write_numbers(

@@ -553,6 +553,7 @@ def calibrate_labels(self:Autoencoder,
         z,s = self.posterior(x, label)
         sums.index_add_(1, label, self.likelihood.sides(self.decoder(z+s*torch.randn_like(z)), x))
         rows += torch.bincount(label, minlength=len(n))
-    (seen,expected),share,add = self.likelihood.settle(sums),(n/rows.clamp(min=1))[:,None],max(worth, 3.)
+    seen,expected = self.likelihood.settle(sums)
+    share,add = (n/rows.clamp(min=1))[:,None],max(worth, 3.)
     self.shifts[:] = ((add+share*seen)/(add+share*expected)).log()
     return self

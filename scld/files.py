@@ -296,7 +296,8 @@ def write_10x(
     X = sparse.csr_matrix(cells.X)
     odd = np.flatnonzero(X.data!=np.round(X.data))
     if len(odd):
-        raise ValueError(f"{len(odd):,} values are no whole numbers, the first {X.data[odd[0]]:g}; 10x folders hold counts")
+        first = f"the first {X.data[odd[0]]:g}"
+        raise ValueError(f"{len(odd):,} values are no whole numbers, {first}; 10x folders hold counts")
     ids = cells.var['gene_ids'] if 'gene_ids' in cells.var else cells.var_names
     genes = pd.DataFrame(dict(id=np.asarray(ids), name=cells.var_names, type='Gene Expression'))
     with whole_folder(path) as d:

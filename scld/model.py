@@ -438,7 +438,8 @@ def _anndata(self:SCLD, how, start, X, z, score, label):
     return AnnData(X, obs=obs, var=var, obsm={} if z is None else {'X_scld': z}, uns=uns)
 
 # %% ../nbs/05a_model.ipynb #d1ede7bc
-DEEPER = "depth={}: deeper than the training cells were. Expected counts are multiplied; no cell has shown that so many would be found"
+DEEPER = ("depth={}: deeper than the training cells were. Expected counts are multiplied; no cell has shown that so "
+          "many would be found")
 
 @patch
 def _read_effect(self:SCLD, effect, guidance):

@@ -64,9 +64,9 @@ def nll(self:Jackpots,
     counts:torch.Tensor, # Observed counts, shape (n, n_genes)
 )->torch.Tensor: # Negative log-likelihood of each cell, shape (n,), in nats
     "How badly `h` explains `counts`, equation (A20); by (A6) while means are learnt alone"
+    if not self.own: return NegativeBinomial.nll(self, h, counts)+0*(self.log_often+self.log_more)
     library = counts.sum(1, keepdim=True).clamp(min=1)
     log_mean = self.log_mean(h, library)
-    if not self.own: return NegativeBinomial.nll(self, h, counts)+0*(self.log_often+self.log_more)
     none,more,i,row = nb_parts(log_mean, self.log_dispersion(h, library), counts)
     odds = self.log_odds(counts.take(i), log_mean.take(i), more-none.take(i))
     return none.sum(1)+self.often*self.body*library[:,0]-row_sums(more+F.softplus(odds), row, len(h))

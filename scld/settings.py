@@ -34,7 +34,7 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse` (the paper's; noise, priors 0 unless given)
+    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse` (the paper's; noise, priors then 0)
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
@@ -124,7 +124,7 @@ def read_settings(
 # %% ../nbs/04b_settings.ipynb #e5d4a584
 training = dict(steps=(20,10**9), batch_size=(1,10**6), seed=(0,2**63-1)) # Ranges of the arguments of `SCLD.train`
 sampling = dict(guidance=(-1.,100.), keep=(0.01,1.), steps=(1,10**6), seed=(0,2**63-1), floor=(0.,1.),
-                depth=(0.001,100.), batch_size=(1,10**9), n=(1,10**9)) # Ranges of those of `SCLD.sample` and `SCLD.interpolate`
+                depth=(0.001,100.), batch_size=(1,10**9), n=(1,10**9)) # Those of `SCLD.sample` and `interpolate`
 
 def in_ranges(
     spans:dict, # Ranges by name, such as `sampling`

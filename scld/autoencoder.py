@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['likelihoods', 'features', 'lognorm_tensor', 'SquaredError', 'nb_log_prob', 'Poisson', 'row_sums', 'as_numbers',
-           'NegativeBinomial', 'nb_parts', 'LogCounts', 'pearson_residuals', 'PearsonComponents', 'Autoencoder',
+           'NegativeBinomial', 'nb_parts', 'LogCounts', 'pearson_residuals', 'PearsonComponents', 'Autoencoder', 'pick',
            'latent_kl', 'weight_penalty', 'add_pull']
 
 # %% ../nbs/01_autoencoder.ipynb #56865f7e
@@ -257,14 +257,22 @@ class Autoencoder(nn.Module):
         self.register_buffer('shifts', None if self.centres is None else torch.zeros(n_labels, n_genes))
         self.n_cells,self.origin = torch.inf,{}   # known to training alone
 
+# %% ../nbs/01_autoencoder.ipynb #52959364
+def pick(
+    table:torch.Tensor, # Rows to choose from, the last one for none, shape (n_rows, …)
+    cond:torch.Tensor, # Numbers of rows, shape (n,), or weights of all rows, shape (n, n_rows)
+)->torch.Tensor: # A row for each cell, shape (n, …)
+    "Rows of a table by number, or mixtures of its rows by weight"
+    return cond@table if cond.is_floating_point() else F.embedding(cond, table)
+
 # %% ../nbs/01_autoencoder.ipynb #a1d68d45
 @patch
 def centre(self:Autoencoder,
-    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,); `n_labels` or no tensor: no label
+    label:torch.Tensor|None=None, # Number of each cell's label, shape (n,), or weights as in `pick`; absent: no label
 )->torch.Tensor|float: # The label's place, shape (n, n_latent), or 0
     "$m_k$: the middle of the prior of each cell's latent"
     if label is None or self.centres is None: return 0.
-    return F.embedding(label, F.pad(self.centres, (0,0,0,1)))
+    return pick(F.pad(self.centres, (0,0,0,1)), label)
 
 # %% ../nbs/01_autoencoder.ipynb #48a2f0de
 @patch
@@ -510,35 +518,47 @@ def place_gain(self:Autoencoder,
     counts:torch.Tensor, # Counts of cells that were not learnt from, shape (n, n_genes)
     label:torch.Tensor, # Number of each cell's label, shape (n,)
     draws:int=4, # Draws of the latents' noise
+    block:slice|None=None, # Levels of the column that is asked about, where `label` are weights of several columns
 )->torch.Tensor: # Gain of each cell, shape (n,), in nats
     "What a cell saves by its label's own place, equation (A17)"
-    middle = self.centre(label).mean(0)
-    def gain(x, own):
+    place = self.centre(label)
+    apart = self.place_of(label, block)
+    def gain(x, own, middle):
         free,s = self.posterior(x)
         def cost(m, noise):
             z = free+s**2*m
             return self.likelihood.nll(self.heard(z+s*noise)[0], x)+latent_kl(z, s, m)
         noises = [torch.randn_like(own) for _ in range(draws)]
         return sum(cost(middle, e)-cost(own, e) for e in noises)/draws
-    return torch.cat([gain(*some) for some in zip(counts.split(250), self.centre(label).split(250))])
+    return torch.cat([gain(*v) for v in zip(*(t.split(250) for t in (counts,place,place-apart+apart.mean(0))))])
+
+@patch
+def place_of(self:Autoencoder,
+    label:torch.Tensor, # Labels of some cells, shape (n,), or weights, shape (n, n_labels+1)
+    block:slice|None=None, # Levels of one column, where there are several
+)->torch.Tensor: # Shape (n, n_latent)
+    "The part of the cells' places that one column is the cause of"
+    return self.centre(label) if block is None else label[:,block]@self.centres[block]
 
 @patch
 @torch.no_grad()
 def merge_places(self:Autoencoder,
-    label:torch.Tensor, # Labels of some cells, shape (n,)
+    label:torch.Tensor, # Labels of some cells, shape (n,), or weights, shape (n, n_labels+1)
+    block:slice|None=None, # Levels of one column, where there are several
 ):
     "Put all labels at the mean place of these cells, without a shift of their own (A18)"
-    self.centres[:] = self.centre(label).mean(0)
-    self.shifts.zero_()
+    every = slice(None) if block is None else block
+    self.centres[every] = self.place_of(label, block).mean(0)
+    self.shifts[every] = 0
 
 # %% ../nbs/01_autoencoder.ipynb #b497897b
 @patch
 def shift(self:Autoencoder,
-    label:torch.Tensor, # Number of each cell's label, shape (n,); `n_labels`: no label
+    label:torch.Tensor, # Number of each cell's label, shape (n,), `n_labels` for none; or weights as in `pick`
 )->torch.Tensor: # Shift of the outputs of each cell, shape (n, n_genes); (n, 1) where labels have no places
     "$\delta_k$ of (A18), 0 for a cell without a label"
     if self.centres is None: return torch.zeros(len(label), 1, device=label.device)
-    return F.embedding(label, F.pad(self.shifts, (0,0,0,1)))
+    return pick(F.pad(self.shifts, (0,0,0,1)), label)
 
 @patch
 @torch.no_grad()
@@ -546,14 +566,18 @@ def calibrate_labels(self:Autoencoder,
     batches, # Function without arguments that yields pairs: counts, shape (n, n_genes), and labels, shape (n,)
     n:torch.Tensor, # Number of cells of each label, shape (n_labels,)
     worth:float=0., # Counts that an earlier word on these totals is worth, (O2); both sides get as many, at least 3
+    block:slice=slice(None), # Levels of the column that is to be shifted, where there are several
 )->Autoencoder: # Itself
     "Shift the outputs of each label so that expected totals come near to the observed ones, equation (A18)"
-    sums,rows = torch.zeros(4, *self.shifts.shape, device=n.device),torch.zeros_like(n)
+    self.shifts[block] = 0
+    sums,rows = torch.zeros(4, len(n), self.shifts.shape[1], device=n.device),torch.zeros(len(n), device=n.device)
     for x,label in batches():
         z,s = self.posterior(x, label)
-        sums.index_add_(1, label, self.likelihood.sides(self.decoder(z+s*torch.randn_like(z)), x))
-        rows += torch.bincount(label, minlength=len(n))
+        sides = self.likelihood.sides(self.outputs(z+s*torch.randn_like(z), self.shift(label)), x)
+        if label.is_floating_point(): sums += torch.einsum('nl,fng->flg', label[:,block], sides)
+        else: sums.index_add_(1, label, sides)
+        rows += label[:,block].sum(0) if label.is_floating_point() else torch.bincount(label, minlength=len(n))
     seen,expected = self.likelihood.settle(sums)
     share,add = (n/rows.clamp(min=1))[:,None],max(worth, 3.)
-    self.shifts[:] = ((add+share*seen)/(add+share*expected)).log()
+    self.shifts[block] = ((add+share*seen)/(add+share*expected)).log()
     return self

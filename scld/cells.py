@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from scipy import sparse
+from .columns import Columns,Names,combinations,read_column
 from .data import lognorm,row_blocks
 from .files import read_counts
 from .labels import cluster,library_model,read_labels,split
-from .pre_guidance import cluster_means
-from .saved import check_column,check_names,writable
+from .pre_guidance import cluster_means,level_means
+from .saved import check_names,read_keys,writable
 from .stream import CountStream
 from .training import seeded
 
@@ -95,9 +96,10 @@ class TrainingCells:
         adata, # Never changed: an AnnData (backed or not), the path of a file, or a `CountStream`
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the labels; Louvain clusters if absent
-        min_label:int=5, # Labels with fewer cells lose their name
+        min_label:int=5, # Labels and levels with fewer cells lose their name
+        conditions:list|None=None, # Other columns of `obs` that cells are to be asked for by
     ):
-        check_column(labels)
+        keys = read_keys(labels, conditions)
         data = checked_counts(adata, layer)
         self.X,n = data.X,data.X.shape[0]
         if n<10: raise ValueError(f"{n} cells are too few to learn from; at least 10 are needed")
@@ -109,8 +111,26 @@ class TrainingCells:
         self.categories,self.code,self.small = name_labels(label, min_label)
         self.colors = {k: c for k,c in label_colors(data, self.labels).items() if k in self.categories}
         self.unnamed = -(-sum(self.small.values())//min_label)*min_label
+        self.columns = Columns([Names(self.labels, self.categories)])
+        self.codes = np.where(self.named, self.code, np.nan)[:,None]
+        for k in keys: self._add_column(*read_column(data.obs, k, min_label, label_colors(data, k)))
+        self.seen = self._combinations(min_label)
         self._add_up(data)
     def __len__(self): return len(self.code)
+
+# %% ../nbs/04d_cells.ipynb #5fc0905a
+@patch
+def _add_column(self:TrainingCells, column, code):
+    "One more column"
+    if isinstance(column, Names): check_names(column.levels, 'levels')
+    self.columns.append(column)
+    self.codes = np.column_stack([self.codes,code])
+
+@patch
+def _combinations(self:TrainingCells, min_label):
+    "Combinations of levels, and how many cells each has"
+    def shown(n, label): return n if label>=0 else -(-n//min_label)*min_label
+    return [[*levels,shown(n, levels[0])] for *levels,n in combinations(self.columns, self.codes)]
 
 # %% ../nbs/04d_cells.ipynb #383db667
 @patch
@@ -135,18 +155,22 @@ def facts(self:TrainingCells)->dict: # Labels, genes, and a table of labels, in 
     return dict(
         labels=self.labels, categories=self.categories, colors=self.colors, genes=self.genes,
         var={k: list(v) for k,v in self.var.items()}, label_table={k: v.tolist() for k,v in table.items()},
-        unnamed=self.unnamed)
+        unnamed=self.unnamed, conditions=[vars(c) for c in self.columns[1:]], seen=self.seen)
 
 # %% ../nbs/04d_cells.ipynb #91c5ce30
 @patch
-def means(self:TrainingCells)->torch.Tensor: # Mean expression of each label and, last, of all, shape (K+1, n_genes)
-    "The conditions of a model, equation (8)"
+def means(self:TrainingCells)->torch.Tensor: # Mean expression of each level and, last, of all, shape (P+1, n_genes)
+    "The conditions of a model, equations (8) and (G6)"
     K = len(self.categories)
     parts = (lognorm(B) for _,B in row_blocks(self.X))
     means = cluster_means(parts, self.code, K+bool(self.small), min_label=1)
-    if not self.small: return means
-    n = torch.tensor(np.bincount(self.code)[:K], dtype=torch.float32)
-    return torch.vstack([means[:K], (n/n.sum())@means[:K]])
+    if self.small:
+        n = torch.tensor(np.bincount(self.code)[:K], dtype=torch.float32)
+        means = torch.vstack([means[:K], (n/n.sum())@means[:K]])
+    if len(self.columns)==1: return means
+    weight = self.columns.weights(self.codes).numpy()[:,K:-1]*self.named[:,None]
+    levels = level_means((lognorm(B) for _,B in row_blocks(self.X)), weight, self.code, means)
+    return torch.vstack([means[:K],levels,means[K:]])
 
 # %% ../nbs/04d_cells.ipynb #b4f54784
 @patch
@@ -163,9 +187,17 @@ def labelled(self:TrainingCells,
     rows, # Row numbers, shape (n,)
     device='cpu', # Where the tensors are to be
 )->tuple: # Counts, shape (n, n_genes), and number of each label, K for none, shape (n,)
-    "Cells as a dense tensor, with their labels"
+    "Cells as a dense tensor, with what they are told"
     rows = np.asarray(rows)
-    return self.counts(rows, device),torch.from_numpy(self.code[rows]).to(device)
+    return self.counts(rows, device),self.told(rows).to(device)
+
+@patch
+def told(self:TrainingCells,
+    rows, # Row numbers, shape (n,)
+)->torch.Tensor: # Number of each label, K for none, shape (n,); of several columns weights, shape (n, P+1)
+    "What a network hears of cells beside their counts"
+    if len(self.columns)==1: return torch.from_numpy(self.code[rows])
+    return self.columns.weights(self.codes[rows])
 
 # %% ../nbs/04d_cells.ipynb #a0be95c1
 @patch
@@ -186,7 +218,7 @@ def held_loss(self:TrainingCells,
     device='cpu', # Where the network is
 ): # Function of a network with a `bound`, such as an autoencoder, to its mean loss on these cells
     "The loss that says when to stop"
-    X,label = self.X[held],torch.from_numpy(self.code[held])
+    X,label = self.X[held],self.told(held)
     def part(i): return torch.from_numpy(X[i:i+250].toarray()).to(device),label[i:i+250].to(device)
     def validate(net):
         parts = map(part, range(0, len(held), 250))
@@ -234,8 +266,9 @@ def evenly(self:TrainingCells,
 @patch
 def mark(self:TrainingCells)->dict: # Values that JSON can hold
     "What distinguishes these cells from others, and how they are read"
-    numbers = b''.join(np.ascontiguousarray(v).tobytes() for v in (self.library,self.totals,self.code))
-    names = json.dumps([self.labels,self.categories,self.genes]).encode()
+    arrays = (self.library,self.totals,self.code,*self.codes.T[1:])
+    numbers = b''.join(np.ascontiguousarray(v).tobytes() for v in arrays)
+    names = json.dumps([self.labels,self.categories,self.genes,*map(vars, self.columns[1:])]).encode()
     data = hashlib.sha256(numbers+names).hexdigest()[:16]
     return dict(data=data, stream=[self.X.block,self.X.pool] if self.on_disk else None)
 

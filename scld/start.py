@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from .autoencoder import Autoencoder,PearsonComponents,nb_log_prob
+from .columns import Columns
 from .pre_guidance import Denoiser
 from .settings import read_settings
 
@@ -21,7 +22,7 @@ def match(
 )->torch.Tensor: # Place of each of `names` among `known`, -1 where it is not there, shape (n,)
     "Where names stand in another list"
     at = {k: i for i,k in enumerate(known)}
-    return torch.tensor([at.get(k, -1) for k in names])
+    return torch.tensor([at.get(k, -1) for k in names], dtype=torch.long)
 
 # %% ../nbs/04f_start.ipynb #2ed14d30
 @patch
@@ -163,11 +164,10 @@ def _other_names(new, left):
     warnings.warn(f"{here}, and {there}; if two names mean one type, give yours its name", stacklevel=4)
 
 def start_from(
-    model, # Trained; it has `net`, `settings`, `genes`, `categories`, `labels` and `fingerprint`
+    model, # Trained; it has `net`, `settings`, `genes`, `columns` and `fingerprint`
     genes:list, # Names of the new genes
-    categories:list, # Names of the new labels
-    labels:str|None=None, # Column of `obs` they are from; those of clusters, `louvain`, are numbers and not names
-)->SimpleNamespace: # Its networks (a copy), the places of genes and labels in it, and its mark
+    columns:Columns, # New columns, the labels first; the names of clusters, `louvain`, are numbers and not names
+)->SimpleNamespace: # Its networks (a copy), the places of genes and levels in it, and its mark
     "What a new model needs of the one it starts from"
     at = match(genes, model.genes)
     n,first = (at>=0).sum().item(),f"whose first is {model.genes[0]!r}, here {genes[0]!r}"
@@ -176,7 +176,9 @@ def start_from(
     least = model.settings['n_latent']
     if min(len(at), len(model.genes), least)!=min(len(model.genes), least):
         raise ValueError(f"{len(at)} genes are too few for the {least} latents of the model to start from")
-    known = [] if 'louvain' in (labels,model.labels) else model.categories
-    _other_names([k for k in categories if k not in known], [k for k in known if k not in categories])
-    return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=match(categories, known),
-                           mark=model.fingerprint)
+    labels,old = columns[0],model.columns[0]
+    known = [] if 'louvain' in (labels.name,old.name) else old.levels
+    _other_names([k for k in labels.levels if k not in known], [k for k in known if k not in labels.levels])
+    def others(of): return [(c.name,k) for c in of[1:] for k in c.levels]
+    places = torch.cat([match(labels.levels, known), match(others(columns), [None]*len(old)+others(model.columns))])
+    return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=places, mark=model.fingerprint)

@@ -8,7 +8,8 @@ __all__ = ['LARGEST', 'thin', 'planted', 'read_effect', 'factors', 'null_groups'
 # %% ../nbs/04g_truth.ipynb #419fea0a
 import numpy as np, pandas as pd, torch
 from scipy import sparse
-from .requests import check_label,closest
+from .labels import closest
+from .requests import check_label
 
 # %% ../nbs/04g_truth.ipynb #33065d65
 def thin(
@@ -38,8 +39,8 @@ def planted(rows):
     return out.astype(dict(label=str, gene=str, log2_fold_change=float))
 
 def read_effect(
-    effect:dict, # By label and gene, a log2 fold change: `{"NK": {"GZMB": 1.0}}`
-    labels:list, # Labels of the model
+    effect:dict, # By label (or level of a condition) and gene, a log2 fold change: `{"NK": {"GZMB": 1.0}}`
+    labels:list, # Labels of the model, and levels of its conditions
     genes, # Genes of the model
 )->pd.DataFrame: # Columns `label`, `gene`, `log2_fold_change`, a row for each planted change
     "Planted fold changes, checked"
@@ -61,13 +62,13 @@ def read_effect(
 # %% ../nbs/04g_truth.ipynb #1691b3c6
 def factors(
     truth:pd.DataFrame, # From `read_effect`
-    labels:list, # Labels of the model, of length K
+    labels:list, # Labels of the model and levels of its conditions, of length P
     genes, # Genes of the model, of length n_genes
-)->torch.Tensor: # Factor on the expected counts of each label, 1 for cells without one, shape (K+1, n_genes)
-    "What (W3) multiplies by"
-    out = torch.ones(len(labels)+1, len(genes))
+)->torch.Tensor: # log2 of the factor on the expected counts of each label, 0 for cells without one, shape (P+1, n_genes)
+    "What (W3) multiplies by, on the log2 scale, on which the changes of a cell's columns add up"
+    out = torch.zeros(len(labels)+1, len(genes))
     rows,columns = pd.Index(labels).get_indexer(truth['label']),pd.Index(genes).get_indexer(truth['gene'])
-    out[rows,columns] = torch.tensor(2**truth['log2_fold_change'].to_numpy()).float()
+    out[rows,columns] = torch.tensor(truth['log2_fold_change'].to_numpy()).float()
     return out
 
 # %% ../nbs/04g_truth.ipynb #6a99e070

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['program', 'as_options', 'goes_on', 'main', 'free_name', 'keep_genes', 'split', 'run_folder', 'clear_run', 'fit',
-           'read_cells', 'read_part', 'planted_in', 'sample', 'write_numbers', 'third_mark', 'evaluate', 'audit',
-           'demo_results', 'demo']
+           'read_cells', 'read_part', 'planted_in', 'asked_in', 'sample', 'write_numbers', 'third_mark', 'evaluate',
+           'audit', 'demo_results', 'demo']
 
 # %% ../nbs/08_cli.ipynb #5329008f
 import json,os,re,sys,time,warnings
@@ -168,6 +168,7 @@ def fit(
     out:str='model', # Folder for the model; must not be there
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` with the types of cells; Louvain clusters if absent
+    conditions:str=None, # Other columns to ask for cells by, with commas between: donor,hour
     config:str='default', # Settings: `default`, `quick` (far fewer steps) or `paper`
     start:str=None, # Folder of a trained model to start from
     steps:int=None, # Training steps of the diffusion
@@ -191,9 +192,11 @@ def fit(
     read_settings(config, own), pick_device(device)   # refused before any file is read
     if start: SCLD.load(start, 'cpu')
     if drop_empty or round_counts: data,layer = read_counts(data, layer, round_counts, drop_empty),None
-    model = SCLD(data, layer, labels, config, start, **own)
+    others = None if conditions is None else [k.strip() for k in conditions.split(',')]
+    model = SCLD(data, layer, labels, others, config, start, **own)
     if start:
-        same = [f'{(at>=0).sum():,} of {len(at):,}' for at in (model.start.genes,model.start.labels)]
+        places = model.start.genes,model.start.labels[:len(model.categories)]
+        same = [f'{(at>=0).sum():,} of {len(at):,}' for at in places]
         print(f'starts from {start}, which knows {same[0]} genes and {same[1]} labels', file=sys.stderr)
     print('training has 3 stages: autoencoder, diffusion, scorer', file=sys.stderr)
     model.train(seed=seed, checkpoint=run, resume=resume, device=device).save(out)
@@ -241,6 +244,22 @@ def planted_in(
         raise ValueError(f"--effect {path}: {twice.sum():,} changes stand twice, the first {row['gene']!r} in {row['label']!r}")
     return {k: dict(zip(g['gene'], g['log2_fold_change'])) for k,g in table.groupby('label', sort=False)}
 
+# %% ../nbs/08_cli.ipynb #7b424815
+def asked_in(
+    path:str, # CSV with some of the model's columns, and `n`
+): # A DataFrame, for `SCLD.sample`
+    "A table of requests, read from a file; `ValueError` where there is none"
+    import pandas as pd
+    if not Path(path).is_file(): raise ValueError(f"--design {path}: there is no file of this name")
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[''])
+    except (pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
+        raise ValueError(f"--design {path} is not a table of comma-separated values: {e}") from e
+    if 'n' in table:
+        whole = table['n'].fillna('').str.fullmatch('[0-9]{1,18}')
+        if not whole.all(): raise ValueError(f"--design {path}: n must be whole numbers, the first that is not is {table['n'][~whole].iloc[0]!r}")
+        table['n'] = table['n'].astype(int)
+    return table
+
 # %% ../nbs/08_cli.ipynb #8d89a0f6
 @program.command
 def sample(
@@ -250,6 +269,7 @@ def sample(
     n:int=1000, # Number of cells, of all types or of `label`
     label:str=None, # One type to make
     cells:str=None, # Several types, with numbers: "NK=500,B=200"
+    design:str=None, # CSV of what to make: some of the model's columns, a row a cell, or a column `n`
     guidance:float=0., # How far to exaggerate the types; 0 for not at all
     keep:float=1., # Share of the cells to keep, best first
     floor:float=0.5, # Refuse types recognised less often than this share of real cells (0.8 of few); 0 for none
@@ -261,10 +281,11 @@ def sample(
     part:str='1/1', # Make only a part: "2/8" is the second of eight, which joined are the whole
 ):
     "Make new cells of a saved model"
-    if None not in (label,cells):
-        raise ValueError("--label is for one type and --cells for several; give one of them")
+    if sum(v is not None for v in (label,cells,design))>1:
+        raise ValueError("--label is for one type, --cells for several, --design for a table; give one of them")
     want = n if label is None else {label: n}
     if cells is not None: want = read_cells(cells)
+    if design is not None: want = asked_in(design)
     if format not in ('h5ad','10x'): raise ValueError(f"no format {format!r}; choose h5ad or 10x")
     if format=='10x' and out=='synthetic.h5ad': out = 'synthetic'
     out,part = free_name(out, folder=format=='10x'),read_part(part)

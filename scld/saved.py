@@ -38,15 +38,16 @@ def check_names(
 # %% ../nbs/04c_saved.ipynb #f11c2f3b
 def check_column(
     labels:str|None, # Column of `obs`
+    what:str='labels', # What it is to be, for the message
 ):
-    "`TypeError` or `ValueError` for what cannot be the column of labels"
+    "`TypeError` or `ValueError` for what cannot be the column of labels, or of a condition"
     if labels is None: return
     if not isinstance(labels, str):
         kind = type(labels).__name__
-        raise TypeError(f"labels is the name of one column of obs, got {kind}; others go into conditions=[…]")
+        raise TypeError(f"{what} is the name of one column of obs, got {kind}; other columns go into conditions")
     if labels in (*OWN,'_index','') or not writable(labels):
         new = f"adata.obs = adata.obs.rename(columns={{{labels!r}: 'my_{labels.strip('_') or 'labels'}'}})"
-        raise ValueError(f"{labels!r} is a name that a column of synthetic cells cannot have; rename it: {new}")
+        raise ValueError(f"{what}={labels!r} is a name that a file of synthetic cells cannot have; rename it: {new}")
 
 def read_keys(
     labels:str|None, # Column of labels
@@ -54,10 +55,11 @@ def read_keys(
 )->list: # Names of the conditions
     "Names of columns, checked"
     keys = [conditions] if isinstance(conditions, str) else list(conditions or ())
-    for k in (labels,*keys): check_column(k)
+    check_column(labels)
+    for k in keys: check_column(k, 'conditions')
     taken = ['n','louvain' if labels is None else labels]
     twice = [k for i,k in enumerate(keys) if k in taken+keys[:i]]
-    if twice: raise ValueError(f"conditions={keys}: {twice[0]!r} is taken, by the labels, by another or by the number of cells")
+    if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: by the labels, by another or by the number of cells, n")
     return keys
 
 # %% ../nbs/04c_saved.ipynb #6269a888

@@ -17,7 +17,7 @@ def tents(
     value:np.ndarray, # Numbers, shape (n,); a missing one is nowhere
     knots, # Numbers, rising, shape (L,)
 )->np.ndarray: # Weight of each knot, shape (n, L); rows sum to 1, or to 0 for missing numbers
-    "How much of each knot a number is, equation (C1)"
+    "How much of each knot a number is, equation (V1)"
     each = np.eye(len(knots))
     return np.nan_to_num(np.stack([np.interp(value, knots, one) for one in each], axis=1))
 
@@ -123,7 +123,7 @@ class Columns(list):
         return [slice(int(a), int(b)) for a,b in zip(ends, ends[1:])]
     def weights(self,
         code:np.ndarray, # Codes of cells, a column each, shape (n, n_columns)
-    )->torch.Tensor: # Share of each level and, last, number of columns left open, shape (n, P+1), float32
+    )->torch.Tensor: # Share of each level and, last, number of columns left open, shape (n, n_levels+1), float32
         "What cells are told"
         each = np.concatenate([c.weights(v) for c,v in zip(self, np.asarray(code).T)], axis=1)
         return torch.from_numpy(np.column_stack([each, len(self)-each.sum(1)])).float()

@@ -88,7 +88,7 @@ class SCLD:
 # %% ../nbs/05a_model.ipynb #db8e905b
 @patch
 def _build(self:SCLD,
-    means:torch.Tensor, # Conditions, the global one last, shape (P+1, n_genes)
+    means:torch.Tensor, # Conditions, the global one last, shape (n_levels+1, n_genes)
 ):
     "Make the networks, untrained"
     s,G = self.settings,len(self.genes)

@@ -494,12 +494,22 @@ def _read_request(self:SCLD, n):
     few = self.settings['min_label'] if self.unnamed else 0
     if isinstance(n, pd.Series) and n.index.nlevels>1: n = n.rename('n').reset_index()
     if not isinstance(n, pd.DataFrame):
+        if hasattr(n, 'items'): self._refuse_level(n)
         request = read_request(n, self.categories, self.small, few)
         return request,json.dumps(request)
     request = read_design(n, self.columns, self.small, few)
     kinds,kind = distinct(request)
     table = pd.DataFrame({c.name: c.column(v).astype(object) for c,v in zip(self.columns, kinds.T)}).assign(n=np.bincount(kind))
     return request,table.to_json(orient='records') if len(table)<=1000 else f'a table of {len(request):,} cells'
+
+@patch
+def _refuse_level(self:SCLD, names):
+    "`KeyError` where what is asked for by name is not a label but of another column"
+    for k in names:
+        for c in self.columns[1:]:
+            if k in self.categories or k not in (c.name,*c.levels): continue
+            table = f"pandas.DataFrame({{{c.name!r}: [{(c.levels[0] if k==c.name else k)!r}], 'n': [500]}})"
+            raise KeyError(f"{k!r} is no label but of the column {c.name!r}; ask with a table: {table}")
 
 # %% ../nbs/05a_model.ipynb #83026b92
 @patch
@@ -563,12 +573,13 @@ def _read_effect(self:SCLD, effect, guidance):
     "Rows of planted fold changes; none if `effect` is None"
     if effect is None: return []
     if guidance==-1: raise ValueError("effect changes labels, and guidance=-1 ignores them; leave one of the two out")
+    if isinstance(effect, dict): effect = {k if isinstance(k, str) else f'{k:g}': v for k,v in effect.items()}   # 6 is the level '6'
     return read_effect(effect, self._levels(), self.genes).to_numpy().tolist()
 
 @patch
 def _levels(self:SCLD)->list: # A label has its own name; a name that is in two columns is that of the first
     "Names of all levels in their order"
-    names = [str(k) for c in self.columns for k in c.levels]
+    names = [k if isinstance(k, str) else f'{k:g}' for c in self.columns for k in c.levels]
     return [k if names.index(k)==i else f'{k} ({i})' for i,k in enumerate(names)]
 
 @patch
@@ -753,10 +764,16 @@ def __repr__(self:SCLD):
     state = 'trained' if self.trained else 'not trained'
     names = ', '.join(self.categories[:5])+', …'*(len(self.categories)>5)
     labels = f"{len(self.categories)} labels in {self.labels!r} ({names})"
+    labels += ''.join(f", {len(c)} levels in {c.name!r}" for c in self.columns[1:])
     n = sum(p.numel() for p in self.net.parameters())
     settings = ', '.join(f'{k}={v}' for k,v in self.settings.items())
     begun = f", started from {self.started[:12]}" if self.started else ''
     return f"SCLD, {state}{begun}: {len(self.genes):,} genes, {labels}\n{n:,} weights; {settings}"
+
+def _of_column(c):
+    "What is known of a condition, in a line"
+    levels = ', '.join(map(str, c.levels[:12]))+', …'*(len(c)>12)
+    return levels+(f"; recognised {c.heard[1]:.0%}, of real cells {c.heard[0]:.0%}" if c.heard else '')
 
 @patch
 def _repr_html_(self:SCLD):
@@ -765,5 +782,6 @@ def _repr_html_(self:SCLD):
     facts = {
         'state': 'trained' if self.trained else 'not trained', 'genes': f'{len(self.genes):,}',
         'weights': f'{sum(p.numel() for p in self.net.parameters()):,}',
-        f'cells by {self.labels}': sizes+', …'*(len(self.label_table)>12), 'settings': own or 'the defaults'}
+        f'cells by {self.labels}': sizes+', …'*(len(self.label_table)>12),
+        **{c.name: _of_column(c) for c in self.columns[1:]}, 'settings': own or 'the defaults'}
     return html_table(facts)

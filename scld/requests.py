@@ -102,7 +102,7 @@ def _numbers(column, values):
     wrong = np.flatnonzero(values.notna().to_numpy() & ~((code>=low)&(code<=high)))
     if len(wrong):
         has = f"{column.name!r} went from {low:g} to {high:g} in the training cells"
-        raise ValueError(f"{has}, and nothing is known beyond: {len(wrong)} rows of the design ask for more, the first for {values.iloc[wrong[0]]!r}")
+        raise ValueError(f"{has}, and nothing is known beyond; {len(wrong):,} of {len(code):,} rows ask for it, the first for {values.iloc[wrong[0]]!r}")
     return code
 
 def read_design(

@@ -123,7 +123,7 @@ def donors_of(
     "Donors that a model has seen with a type"
     others = [c.name for c in model.columns if hasattr(c, "colors") and c.name!=model.labels]
     near = closest(str(by), others, 0.5)
-    meant = f"; did you mean {near!r}?" if near else ''
+    meant = f"; did you mean {near!r}?" if near else '.'
     if by not in others: raise KeyError(f"by={by!r} is no condition of names in this model{meant} It has {others}")
     i,k = model.columns.names.index(by),model.categories.index(label)
     seen = sorted({row[i] for row in model.seen if row[0]==k and row[i]>=0})
@@ -162,7 +162,7 @@ def read_plan(
     if not isinstance(model, SCLD): raise TypeError(f"expected a model, an SCLD, got {type(model).__name__}")
     check_label(label, model.categories)
     near = closest(str(test), list(TESTS), 0.5)
-    meant = f"; did you mean {near!r}?" if near else ';'
+    meant = f"; did you mean {near!r}?" if near else '.'
     if test not in TESTS: raise ValueError(f"no test {test!r}{meant} There are {', '.join(TESTS)}")
     whose = "test='pseudobulk' adds up donors; name their column with by"
     if test=='pseudobulk' and by is None: raise ValueError(whose)

@@ -7,7 +7,7 @@ __all__ = ['TESTS', 'SPANS', 'wilcoxon', 'pseudobulk', 'outcome', 'next_share', 
            'read_plan', 'one_draw', 'summary', 'power', 'power_of', 'plot_power']
 
 # %% ../nbs/06m_power.ipynb #ce5039fa
-import sys
+import sys,warnings
 from functools import partial
 import numpy as np, pandas as pd
 from anndata import AnnData
@@ -47,7 +47,9 @@ def pseudobulk(
     _,first,code = np.unique(donor, return_index=True, return_inverse=True)
     total = (sparse.csr_matrix(np.eye(len(first))[code]).T@counts.astype(float)).toarray()
     x = np.log2((total+0.5)/(total.sum(1, keepdims=True)+1)*1e6)
-    p = ttest_ind(x[case[first]], x[~case[first]], equal_var=False).pvalue
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning) # Of genes that are alike in all donors
+        p = ttest_ind(x[case[first]], x[~case[first]], equal_var=False).pvalue
     return np.nan_to_num(p, nan=1.)
 
 # %% ../nbs/06m_power.ipynb #1162deb7

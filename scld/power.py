@@ -278,5 +278,5 @@ def plot_power(
     below.set(xlabel='cells of each group', ylabel='false discoveries', ylim=(0,highest))
     below.set_xticks(sizes, [f'{n:,}' for n in sizes])
     below.minorticks_off()
-    above.legend(fontsize=7, frameon=False)
+    fig.legend(loc='outside upper center', ncols=2, fontsize=7, frameon=False)
     return fig

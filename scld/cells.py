@@ -159,8 +159,8 @@ def facts(self:TrainingCells)->dict: # Labels, genes, and a table of labels, in 
 
 # %% ../nbs/04d_cells.ipynb #91c5ce30
 @patch
-def means(self:TrainingCells)->torch.Tensor: # Mean expression of each level and, last, of all, shape (P+1, n_genes)
-    "The conditions of a model, equations (8) and (G6)"
+def means(self:TrainingCells)->torch.Tensor: # Mean expression of each level and, last, of all, shape (n_levels+1, n_genes)
+    "The conditions of a model, equations (8) and (G3)"
     K = len(self.categories)
     parts = (lognorm(B) for _,B in row_blocks(self.X))
     means = cluster_means(parts, self.code, K+bool(self.small), min_label=1)
@@ -194,7 +194,7 @@ def labelled(self:TrainingCells,
 @patch
 def told(self:TrainingCells,
     rows, # Row numbers, shape (n,)
-)->torch.Tensor: # Number of each label, K for none, shape (n,); of several columns weights, shape (n, P+1)
+)->torch.Tensor: # Number of each label, K for none, shape (n,); of several columns weights, shape (n, n_levels+1)
     "What a network hears of cells beside their counts"
     if len(self.columns)==1: return torch.from_numpy(self.code[rows])
     return self.columns.weights(self.codes[rows])

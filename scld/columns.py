@@ -17,7 +17,7 @@ def tents(
     value:np.ndarray, # Numbers, shape (n,); a missing one is nowhere
     knots, # Numbers, rising, shape (L,)
 )->np.ndarray: # Weight of each knot, shape (n, L); rows sum to 1, or to 0 for missing numbers
-    "How much of each knot a number is, equation (C1)"
+    "How much of each knot a number is, equation (V1)"
     each = np.eye(len(knots))
     return np.nan_to_num(np.stack([np.interp(value, knots, one) for one in each], axis=1))
 
@@ -28,12 +28,14 @@ class Names:
         name:str, # Of the column
         levels:list, # Its names, text
         colors=(), # A colour for each name, where there are any
-    ): self.name,self.levels,self.colors = name,list(levels),list(colors)
+        heard=None, # Shares of real and of synthetic cells whose level is recognised, once a model was trained
+    ): self.name,self.levels,self.colors,self.heard = name,list(levels),list(colors),heard
     def __len__(self): return len(self.levels)
     def code(self, values): return pd.Series(pd.Categorical(values, self.levels).codes, dtype=float).where(lambda k: k>=0).to_numpy()
     def weights(self, code): return (np.asarray(code)[:,None]==np.arange(len(self))).astype(float)
     def place(self, code): return np.nan_to_num(code, nan=-1).astype(int)
-    def draw(self, place, rng): return np.where(place<0, np.nan, place)
+    def at(self, place): return np.where(place<0, np.nan, place)
+    def draw(self, place, rng): return self.at(place)
     def column(self, code): return pd.Categorical.from_codes(self.place(code), self.levels)
 
 class Numbers:
@@ -42,11 +44,13 @@ class Numbers:
         name:str, # Of the column
         levels:list, # Its knots, rising
         exact:bool=True, # Are knots the only values there were?
-    ): self.name,self.levels,self.exact = name,list(map(float, levels)),exact
+        heard=None, # Shares of real and of synthetic cells whose nearest knot is recognised, once a model was trained
+    ): self.name,self.levels,self.exact,self.heard = name,list(map(float, levels)),exact,heard
     def __len__(self): return len(self.levels)
     def code(self, values): return np.asarray(values, float)
     def weights(self, code): return tents(np.asarray(code), self.levels)
     def place(self, code): return np.where(np.isnan(code), -1, self.weights(code).argmax(1))
+    def at(self, place): return np.where(place<0, np.nan, np.array(self.levels)[place])
     def column(self, code): return np.asarray(code, float)
 
 # %% ../nbs/00g_columns.ipynb #f483e08d
@@ -56,8 +60,8 @@ def draw(self:Numbers,
     rng:np.random.Generator, # Source of randomness
 )->np.ndarray: # Codes, shape (n,)
     "Values near knots"
+    if self.exact: return self.at(place)
     knots = np.array(self.levels)
-    if self.exact: return np.where(place<0, np.nan, knots[place])
     middle = (knots[1:]+knots[:-1])/2
     low,high = np.append(knots[0], middle),np.append(middle, knots[-1])
     return np.where(place<0, np.nan, rng.uniform(low[place], high[place]))
@@ -119,7 +123,7 @@ class Columns(list):
         return [slice(int(a), int(b)) for a,b in zip(ends, ends[1:])]
     def weights(self,
         code:np.ndarray, # Codes of cells, a column each, shape (n, n_columns)
-    )->torch.Tensor: # Share of each level and, last, number of columns left open, shape (n, P+1), float32
+    )->torch.Tensor: # Share of each level and, last, number of columns left open, shape (n, n_levels+1), float32
         "What cells are told"
         each = np.concatenate([c.weights(v) for c,v in zip(self, np.asarray(code).T)], axis=1)
         return torch.from_numpy(np.column_stack([each, len(self)-each.sum(1)])).float()
@@ -150,5 +154,7 @@ def column_from(
     levels = facts['levels']
     rising = kind is Names or (all(isinstance(v, (int,float)) for v in levels) and (np.diff(levels)>0).all())
     text = kind is Numbers or (all(isinstance(v, str) for v in levels) and len(set(levels))==len(levels))
-    if len(levels)<2 or not rising or not text: raise ValueError(f"{facts.get('name')!r} has no levels that a column can have")
+    heard = facts.get('heard')
+    shares = heard is None or (len(heard)==2 and all(0<=v<=1 for v in heard))
+    if len(levels)<2 or not rising or not text or not shares: raise ValueError(f"{facts.get('name')!r} has no levels that a column can have")
     return kind(**facts)

@@ -19,7 +19,7 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder,pick
-from .columns import Columns,Names,column_from
+from .columns import Columns,Names,column_from,places_of
 from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
@@ -27,9 +27,9 @@ from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
 from .labels import read_labels
-from .pre_guidance import Denoiser,draw_evenly,even_weights
+from .pre_guidance import Denoiser,cluster_means,level_means,draw_evenly,even_weights
 from .requests import (Blocks,PerRow,check_label,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
-    unseen,without_witness)
+    unseen,witnessed,without_witness)
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
@@ -41,7 +41,7 @@ from .truth import factors,planted,read_effect,thin
 from .unet import UNet
 
 # %% ../nbs/05a_model.ipynb #3f8214a3
-FACTS = 'labels','categories','colors','genes','unnamed','conditions','seen' # What a model knows of its cells beside two tables
+FACTS = 'labels','categories','colors','genes','unnamed','seen' # What a model knows of its cells beside two tables
 
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, draws new cells"
@@ -71,11 +71,15 @@ class SCLD:
     def _describe(self, facts):
         "Take over what is known of the cells, in plain values"
         for k in FACTS: setattr(self, k, facts[k])
-        self.columns = Columns([Names(self.labels, self.categories),*map(column_from, self.conditions)])
+        self.columns = Columns([Names(self.labels, self.categories),*map(column_from, facts['conditions'])])
         self.var = pd.DataFrame(facts['var'], index=self.genes)
         self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
         n = self.label_table['n'].astype(int).tolist()
         if self.seen is None: self.seen = [[k,m] for k,m in enumerate(n)]+[[-1,self.unnamed]]*(self.unnamed>0)
+    @property
+    def conditions(self)->list: # Names
+        "Columns beside the labels by which cells can be asked for"
+        return self.columns.names[1:]
     @property
     def small(self)->dict: # Number of training cells by label; empty once the model was saved and loaded
         "Labels of too few cells to be asked for"
@@ -84,7 +88,7 @@ class SCLD:
 # %% ../nbs/05a_model.ipynb #db8e905b
 @patch
 def _build(self:SCLD,
-    means:torch.Tensor, # Conditions, the global one last, shape (P+1, n_genes)
+    means:torch.Tensor, # Conditions, the global one last, shape (n_levels+1, n_genes)
 ):
     "Make the networks, untrained"
     s,G = self.settings,len(self.genes)
@@ -97,6 +101,7 @@ def _build(self:SCLD,
         ae=ae, depth=depths[s['depth']](), scale=Standardize(n+1),
         denoiser=Denoiser(unet, means, s['condition'], sizes if len(sizes)>1 else None),
         labeller=Labeller(G, K), scorer=Scorer(G)))
+    if len(sizes)>1: self.net.denoiser.register_buffer('offset', torch.zeros(sum(sizes)+1, n+1))
     self.net.eval()
 
 # %% ../nbs/05a_model.ipynb #e986c8cb
@@ -204,6 +209,26 @@ def _fit_scale(self:SCLD, z, sd):
     scale = self.net.scale.fit(z[named])
     scale.std = (scale.std**2+spread**2).sqrt()
 
+# %% ../nbs/05a_model.ipynb #b59b0106
+@patch
+def _offset(self:SCLD, told)->torch.Tensor|float: # Shape (n, n_latent+1), or 0 where there are labels alone
+    "How far the conditions of cells move their latents"
+    return pick(self.net.denoiser.offset, told) if self.conditions else 0.
+
+@patch
+def _fit_offset(self:SCLD, z):
+    "Learn the offsets of levels from latents, shape (n, n_latent+1), and take them off"
+    if not self.conditions: return z
+    cells,K = self.training,len(self.categories)
+    weight = self.columns.weights(cells.codes).numpy()[:,K:-1]*cells.named[:,None]
+    x = z.cpu().numpy().astype(float)
+    own = cells.named
+    means = cluster_means(x[own], cells.code[own], K, min_label=1)
+    offset = level_means([x], weight, cells.code, means)-means[-1]
+    self.net.denoiser.offset[K:-1] = offset.to(z)
+    told = [self._offset(cells.told(i).to(z.device)) for i in np.array_split(np.arange(len(z)), -(-len(z)//5000))]
+    return z-torch.cat(told)
+
 # %% ../nbs/05a_model.ipynb #e5326bcf
 @patch
 def _fit_labeller(self:SCLD, seed):
@@ -218,6 +243,7 @@ def _fit_labeller(self:SCLD, seed):
 def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
     z,sd = self._latents()
+    z = self._fit_offset(z)
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
     net,s = self.net,self.settings
@@ -250,13 +276,17 @@ def _denoise_and_draw(self:SCLD,
     zT:np.ndarray, # Standard normal noise to start from, shape (n, n_latent+1)
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     seeds:list, # Seed of each cell's counts, of length n
+    told:np.ndarray|None=None, # What was asked for, where the denoiser is not given all of it, shape of `cond`
 )->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
     "Denoise, decode and draw some cells, Algorithm 2"
-    zT,cond = (torch.as_tensor(v).to(self.device) for v in (zT,cond))
+    zT,cond,told = (torch.as_tensor(v).to(self.device) for v in (zT,cond,cond if told is None else told))
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
+    if self.conditions and told.ndim>1:
+        raw = raw+self._offset(told)
+        z = self.net.scale(raw)
     library = self.net.depth.inverse(raw[:,-1:])
-    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), *more(cond))
+    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), *more(told))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
     return sparse.csr_matrix(counts, dtype=np.float32),z.cpu().numpy()
@@ -269,11 +299,13 @@ def _draw(self:SCLD,
     times:list, # Steps of the schedule to visit, the noisiest first
     cond:np.ndarray, # Condition of each cell, shape (n, …)
     rng:np.random.Generator, # The block's own randomness
+    told:np.ndarray|None=None, # What was asked for, where the denoiser is not given all of it, shape of `cond`
 )->tuple: # Counts (CSR) and standardised latents, shape (n, n_latent+1)
     "The cells of a block, or its candidates"
     n,seeds = len(cond),rng.bit_generator.seed_seq.spawn(len(cond))
     zT = rng.standard_normal((n,len(self.net.scale.mean)), dtype=np.float32)
-    return in_parts(partial(self._denoise_and_draw, denoiser, more, times), zT, cond, seeds)
+    told = cond if told is None else told
+    return in_parts(partial(self._denoise_and_draw, denoiser, more, times), zT, cond, seeds, told)
 
 # %% ../nbs/05a_model.ipynb #c1b46319
 @patch
@@ -322,8 +354,8 @@ def _block(self:SCLD,
     "Draw candidates, score them, keep the best"
     kinds,kind = distinct(code)
     cond = candidates(kind, keep)
-    told = self._told(kinds[cond])
-    X,z = self._draw(self.net.denoiser.guided(guidance), self._more(guidance, factor), times, told.numpy(), rng)
+    told,heard = (self._told(k[cond]).numpy() for k in (kinds,witnessed(kinds, self.columns, self.seen)))
+    X,z = self._draw(self.net.denoiser.guided(guidance), self._more(guidance, factor), times, heard, rng, told)
     label = self._label(kinds[cond])
     score = self._scores(X, label if guidance>=0 else None)
     best = keep_best(score, cond, Counter(kind.tolist()))
@@ -354,6 +386,38 @@ def _try_labels(self:SCLD, seed):
     tried = Recognition(self.net.labeller, self.label_table)
     for X,*_,label in Blocks(every, (seed,2)).each(self._maker()): tried.name(X, label)
     self.label_table['synth'] = tried.seen/tried.n
+
+# %% ../nbs/05a_model.ipynb #0b30e628
+@patch
+def _try_conditions(self:SCLD, seed, n=100):
+    "How often the levels of conditions are recognised, in real cells and in `n` synthetic ones of each"
+    cells,rng = self.training,np.random.default_rng(seed)
+    places = places_of(self.columns, cells.codes)
+    for i,c in enumerate(self.columns[1:], 1):
+        rows = [rng.permutation(np.flatnonzero(cells.named&(places[:,i]==k)))[:max(2000//len(c), 20)] for k in range(len(c))]
+        X,level = cells.X[np.concatenate(rows)],np.repeat(np.arange(len(c)), list(map(len, rows)))
+        asked = np.full((n*len(c),len(self.columns)), np.nan)
+        asked[:,i] = c.at(np.repeat(np.arange(len(c)), n))
+        code = codes_of(asked, self.columns, self.seen, seed)
+        synth = join(Blocks(code, (seed,4)).each(self._maker()))[0]
+        like = fit_labeller(X, level, len(c)).log_odds(synth).argmax(1)
+        real = recognised_real(X, level, len(c), 3, seed)[np.bincount(level, minlength=len(c))>0]
+        c.heard = [float(real.mean()),float((like==c.place(code[:,i])).mean())]
+
+@patch
+def _refuse_unheard(self:SCLD, asked, floor):
+    "Refuse cells by a condition that the model does not hear, or warn where it hears it badly"
+    for i in np.flatnonzero(asked[1:])+1:
+        c = self.columns[i]
+        if c.heard is None or not self._apart(i): continue
+        (real,synth),chance = c.heard,1/len(c)
+        got = (synth-chance+0.5/(100*len(c))**0.5)/max(real-chance, 1e-9)
+        said = (f"by expression a classifier is right on {c.name!r} for {synth:.0%} of synthetic cells and {real:.0%} of real ones "
+                f"({chance:.0%} by guessing)")
+        todo = "train longer or on more cells, or take any with floor=0"
+        if real-chance<0.05 or got>=0.8: continue
+        if got<floor: raise RuntimeError(f"synthetic cells are not what was asked for; {said}; {todo}")
+        warnings.warn(f"synthetic cells are less like what was asked for than real cells are; {said}", stacklevel=4)
 
 # %% ../nbs/05a_model.ipynb #009c4ee4
 @patch
@@ -405,6 +469,7 @@ def train(self:SCLD,
         self._fit_diffusion(n['diffusion'], batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), **how)
         self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
         self._try_labels(run['seed'])
+        self._try_conditions(run['seed'])
     return self
 
 # %% ../nbs/05a_model.ipynb #ac4df64f
@@ -438,13 +503,14 @@ def _read_request(self:SCLD, n):
 
 # %% ../nbs/05a_model.ipynb #83026b92
 @patch
-def _say_of_labels(self:SCLD, request):
+def _say_of_labels(self:SCLD, request, floor=0.):
     "Warn of labels that are alike where some are asked for, or too small to be named where all are"
     share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
     asked = ~np.isnan(request).all(0) if isinstance(request, np.ndarray) else [isinstance(request, dict)]
     for i in np.flatnonzero(asked):
         what = f"levels of {self.columns[i].name!r}" if i else 'labels'
         if not self._apart(i): warnings.warn(f"cells of all {what} are alike in this model: held-out cells did not confirm that they differ", stacklevel=3)
+    self._refuse_unheard(asked, floor)
     if share and not asked[0]: warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
@@ -452,7 +518,8 @@ def _say_of_labels(self:SCLD, request):
 def _config(self:SCLD):
     "All that a model is beside its weights, in plain values"
     tables = {t: {k: v.tolist() for k,v in getattr(self, t).items()} for t in ('var','label_table')}
-    facts = {k: getattr(self, k) for k in FACTS if self.conditions or k not in ('conditions','seen')}
+    facts = {k: getattr(self, k) for k in FACTS if self.conditions or k!='seen'}
+    if self.conditions: facts['conditions'] = [vars(c) for c in self.columns[1:]]
     return dict(facts, **tables, settings=self.settings, scored=self.scored, start=self.started)
 
 @patch
@@ -542,7 +609,7 @@ def sample(self:SCLD,
     code = codes_of(request, self.columns, self.seen, seed, holistic=guidance==-1)
     blocks = Blocks(code, (seed,0), part)
     cells = blocks.each(self._maker(guidance, keep, steps, self._factor(how)), at_once, progress)
-    self._say_of_labels(request)
+    self._say_of_labels(request, floor*(guidance>=0))
     if depth>1: warnings.warn(DEEPER.format(depth), stacklevel=2)
     if isinstance(request, np.ndarray): self._say_of_unseen(code)
     by_name = isinstance(request, dict) or isinstance(request, np.ndarray) and not np.isnan(request[:,0]).all()
@@ -676,7 +743,7 @@ def encode(self:SCLD,
         for i in range(0, len(code), 1024):
             x = torch.from_numpy(X[i:i+1024].toarray()).float().to(self.device)
             z = self.net.ae.encode(x, self._told(code[i:i+1024]).to(self.device))
-            z = torch.cat([z,self.net.depth.forward(x.sum(1, keepdim=True))], dim=1)
+            z = torch.cat([z,self.net.depth.forward(x.sum(1, keepdim=True))], dim=1)   # offsets and all
             out.append(self.net.scale(z).cpu().numpy())
     return np.concatenate(out)
 

@@ -67,11 +67,11 @@ conditions = dict(contrast=contrast, mean=lambda means: means)
 # %% ../nbs/04_pre_guidance.ipynb #801530b4
 def level_means(
     x, # Scaled, logged expression in blocks of rows, CSR or dense, shape (n, n_genes) each
-    weight:np.ndarray, # Weight of each level in each cell, shape (n_cells, L)
+    weight:np.ndarray, # Weight of each level in each cell, shape (n_cells, n_levels)
     label:np.ndarray, # Label of each cell, integers 0..K, shape (n_cells,); K for none
     means:torch.Tensor, # Means of the labels and, last, of all cells, shape (K+1, n_genes)
 )->torch.Tensor: # Shape (L, n_genes)
-    "Mean expression of levels, were all types as common there as everywhere; equation (G6)"
+    "Mean expression of levels, were all types as common there as everywhere; equation (G3)"
     sums = start = 0
     for block in x:
         stop = start+block.shape[0]
@@ -83,8 +83,8 @@ def level_means(
 # %% ../nbs/04_pre_guidance.ipynb #4a9e7228
 def by_column(
     condition, # Function of a table, the global row last, to one of the same shape, such as `contrast`
-    means:torch.Tensor, # Conditions of all columns, the global one last, shape (P+1, n_genes)
-    sizes, # Number of levels of each column; they sum to P
+    means:torch.Tensor, # Conditions of all columns, the global one last, shape (n_levels+1, n_genes)
+    sizes, # Number of levels of each column; they sum to n_levels
 )->torch.Tensor: # Shape of `means`
     "Conditions of each column by itself"
     each = [condition(torch.vstack([part,means[-1:]])) for part in means[:-1].split(list(sizes))]
@@ -126,7 +126,7 @@ def global_slot(
     n_labels:int, # K, the number of the global condition
     share:float=0.2, # Share of the batch that takes it
     sizes:list|None=None, # Number of levels of each column, where `label` are weights of several
-)->torch.Tensor: # Labels with the first rows replaced by K, shape (n,), or weights, shape (n, P+1)
+)->torch.Tensor: # Labels with the first rows replaced by K, shape (n,), or weights, shape (n, n_levels+1)
     "Give the first rows of a batch the global condition, Algorithm 1; of several columns, each by chance in the others"
     first = torch.arange(len(label), device=label.device)<round(share*len(label))
     if not label.is_floating_point(): return torch.where(first, n_labels, label)
@@ -139,7 +139,7 @@ def even_weights(
     label, # Label of each row, integers 0..K, shape (n,); K for a row without a label of its own
     n_labels:int, # K
 )->torch.Tensor: # Weight of each row, shape (n,), float64
-    "Weights under which labels are drawn in proportion to the square root of their size, equation (G3)"
+    "Weights under which labels are drawn in proportion to the square root of their size, equation (G4)"
     label = torch.as_tensor(label).long()
     weight = torch.bincount(label, minlength=n_labels+1).double().rsqrt()
     weight[n_labels] = 0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'BLOCK', 'check_label', 'check_number', 'read_request', 'deal', 'read_design', 'fill_in', 'distinct',
-           'codes_of', 'unseen', 'without_witness', 'PerRow', 'draw_seen', 'part_of', 'Blocks', 'join', 'in_parts']
+           'codes_of', 'unseen', 'witnessed', 'without_witness', 'PerRow', 'draw_seen', 'part_of', 'Blocks', 'join',
+           'in_parts']
 
 # %% ../nbs/04a_requests.ipynb #96a91ca2
 import sys
@@ -192,6 +193,19 @@ def unseen(
     for c,v in zip(columns, code.T):
         if getattr(c, 'exact', False): new |= ~(np.isnan(v) | np.isin(v, c.levels))
     return new
+
+def witnessed(
+    code:np.ndarray, # Codes of cells, shape (n, n_columns)
+    columns:Columns, # Columns of the model
+    seen:list, # Combinations of the training cells
+)->np.ndarray: # The same with the last columns left open where the whole was not seen, shape of `code`
+    "As much of each combination as some training cell had"
+    out = code.copy()
+    for upto in range(len(columns)-1, 0, -1):
+        known = {tuple(row[:upto+1]) for row in seen}
+        new = np.array([tuple(p) not in known for p in places_of(columns, out)[:,:upto+1].tolist()], bool)
+        out[new & ~np.isnan(out[:,upto]),upto] = np.nan
+    return out
 
 def without_witness(
     new:np.ndarray, # True for each cell whose combination was not seen, shape (n,)

@@ -18,6 +18,7 @@ The old text, of one line or several, stands once in the exported cells of the n
 """
 import os, re, shutil, signal, sys, tempfile, time
 for k in ('OMP_NUM_THREADS','NUMBA_NUM_THREADS'): os.environ.setdefault(k, '1')   # a child has one thread of its parent's
+os.environ.setdefault('NUMBA_THREADING_LAYER', 'workqueue')   # OpenMP's ends a child that forks after its use
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from scipy import sparse
-from .columns import Columns,Names,combinations,read_column
+from .columns import Columns,Names,combinations,places_of,read_column
 from .data import lognorm,row_blocks
 from .files import read_counts
 from .labels import cluster,library_model,read_labels,split
@@ -271,6 +271,27 @@ def mark(self:TrainingCells)->dict: # Values that JSON can hold
     names = json.dumps([self.labels,self.categories,self.genes,*map(vars, self.columns[1:])]).encode()
     data = hashlib.sha256(numbers+names).hexdigest()[:16]
     return dict(data=data, stream=[self.X.block,self.X.pool] if self.on_disk else None)
+
+# %% ../nbs/04d_cells.ipynb #d952cc9b
+@patch
+def depth_gain(self:TrainingCells,
+    held:np.ndarray, # Row numbers of cells that were not learnt from
+    column:int, # Number of the column that is asked about
+)->np.ndarray: # Gain of each of these cells, shape (n,), in nats
+    "What cells save by a column's word on their library size"
+    log,places = np.log(self.library.astype(float)),places_of(self.columns, self.codes)+1
+    learnt = np.setdiff1d(np.flatnonzero(self.named), held)
+    def cost(columns):
+        group = np.unique(np.column_stack([0*places[:,:1],places[:,columns]]), axis=0, return_inverse=True)[1].ravel()
+        of,v = group[learnt],log[learnt]
+        n = np.bincount(of, minlength=group.max()+1)
+        mean = np.bincount(of, v, len(n))/np.maximum(n, 1)
+        var = np.bincount(of, (v-mean[of])**2, len(n))/np.maximum(n, 1)+1e-4
+        few = n<10
+        mean[few],var[few] = v.mean(),v.var()+1e-4
+        return 0.5*np.log(var[group[held]])+(log[held]-mean[group[held]])**2/(2*var[group[held]])
+    every = list(range(len(self.columns)))
+    return cost([i for i in every if i!=column])-cost(every)
 
 # %% ../nbs/04d_cells.ipynb #d5a30d77
 def in_order(

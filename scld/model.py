@@ -19,7 +19,7 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder,pick
-from .columns import Columns,Names,column_from,places_of
+from .columns import Columns,Names,column_from,common_effect,places_of
 from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
@@ -27,7 +27,7 @@ from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
 from .labels import read_labels
-from .pre_guidance import Denoiser,cluster_means,level_means,draw_evenly,even_weights
+from .pre_guidance import Denoiser,draw_evenly,even_weights
 from .requests import (Blocks,PerRow,check_label,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
     unseen,witnessed,without_witness)
 from .scale import Standardize,depths
@@ -132,13 +132,16 @@ def _confirm_labels(self:SCLD, held, seed):
         mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
         if mean>2*error: continue
         ae.merge_places(of, **which)
-        apart[i] = False
-        warnings.warn(NOT_CONFIRMED.format(len(x), f"the levels of {column.name!r}" if i else 'the labels', mean, error, 'its levels' if i else 'labels'))
+        deep = self.training.depth_gain(named[there.cpu().numpy()] if several else named, i)
+        apart[i] = bool(deep.mean()>2*deep.std(ddof=1)/len(deep)**0.5)
+        what,who = (f"the levels of {column.name!r}",'its levels') if i else ('the labels','labels')
+        alike = f"Cells of all {who} will be alike{', but for their depth' if apart[i] else ''}"
+        warnings.warn(NOT_CONFIRMED.format(len(x), what, mean, error, alike))
     self.net.denoiser.hear(apart if several else apart[0])
 
 NOT_CONFIRMED = ("{} held-out cells do not confirm that {} differ: told apart, they are explained better by {:.2f} nats a "
-    "cell, with a standard error of {:.2f}. Cells of all {} will be alike. Learn from more cells, or choose another "
-    "column; the setting validation=0 takes columns at their word")
+    "cell, with a standard error of {:.2f}. {}. Learn from more cells, or choose another column; the setting validation=0 "
+    "takes columns at their word")
 
 # %% ../nbs/05a_model.ipynb #a4185454
 @patch
@@ -221,11 +224,11 @@ def _fit_offset(self:SCLD, z):
     if not self.conditions: return z
     cells,K = self.training,len(self.categories)
     weight = self.columns.weights(cells.codes).numpy()[:,K:-1]*cells.named[:,None]
-    x = z.cpu().numpy().astype(float)
-    own = cells.named
-    means = cluster_means(x[own], cells.code[own], K, min_label=1)
-    offset = level_means([x], weight, cells.code, means)-means[-1]
-    self.net.denoiser.offset[K:-1] = offset.to(z)
+    offset = np.zeros((weight.shape[1],z.shape[1]))
+    for block in self.columns.blocks[1:]:
+        of = slice(block.start-K, block.stop-K)
+        offset[of] = common_effect(z.cpu().numpy().astype(float), weight[:,of], cells.code)
+    self.net.denoiser.offset[K:-1] = torch.from_numpy(offset).to(z)
     told = [self._offset(cells.told(i).to(z.device)) for i in np.array_split(np.arange(len(z)), -(-len(z)//5000))]
     return z-torch.cat(told)
 

@@ -53,8 +53,9 @@ def _cells_of(model, n, name, seed, how):
         warnings.simplefilter('ignore')
         parts = [model.sample(asked, seed=seed, floor=0, **how)] if asked else []
         if others: parts.append(model.sample(others, seed=seed+1, **how))
-    label = np.concatenate([a.obs[model.labels].astype(str) for a in parts])
-    obs = pd.DataFrame({model.labels: pd.Categorical(label)}, index=[f'{name}-{i}' for i in range(len(label))])
+    obs = pd.concat([a.obs[[model.labels,*model.conditions]] for a in parts])
+    obs.index = [f'{name}-{i}' for i in range(len(obs))]
+    obs[model.labels] = pd.Categorical(obs[model.labels].astype(str))
     return AnnData(sparse.vstack([a.X for a in parts]).tocsr(), obs=obs, var=parts[0].var.copy())
 
 # %% ../nbs/06l_perfect.ipynb #0fd4cb15
@@ -124,7 +125,7 @@ def perfect_fit(
     settings = model.settings if steps is None else dict(model.settings, steps=steps)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # The world is the model's, and so are its labels
-        fitted = SCLD(world, labels=model.labels, start=start, **settings)
+        fitted = SCLD(world, labels=model.labels, conditions=model.conditions, start=start, **settings)
         fitted.train(seed=of_fit, device=model.device.type, checkpoint=checkpoint, resume=resume, progress=progress)
     wanted = n_train if n_synth is None else synth_numbers
     return Perfect(held, _cells_of(fitted, wanted, 'synth', of_synth, how), world)

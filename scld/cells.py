@@ -272,26 +272,24 @@ def mark(self:TrainingCells)->dict: # Values that JSON can hold
     data = hashlib.sha256(numbers+names).hexdigest()[:16]
     return dict(data=data, stream=[self.X.block,self.X.pool] if self.on_disk else None)
 
-# %% ../nbs/04d_cells.ipynb #d952cc9b
+# %% ../nbs/04d_cells.ipynb #45ed56b2
 @patch
-def depth_gain(self:TrainingCells,
-    held:np.ndarray, # Row numbers of cells that were not learnt from
+def depth_p(self:TrainingCells,
     column:int, # Number of the column that is asked about
-)->np.ndarray: # Gain of each of these cells, shape (n,), in nats
-    "What cells save by a column's word on their library size"
-    log,places = np.log(self.library.astype(float)),places_of(self.columns, self.codes)+1
-    learnt = np.setdiff1d(np.flatnonzero(self.named), held)
-    def cost(columns):
-        group = np.unique(np.column_stack([0*places[:,:1],places[:,columns]]), axis=0, return_inverse=True)[1].ravel()
-        of,v = group[learnt],log[learnt]
-        n = np.bincount(of, minlength=group.max()+1)
-        mean = np.bincount(of, v, len(n))/np.maximum(n, 1)
-        var = np.bincount(of, (v-mean[of])**2, len(n))/np.maximum(n, 1)+1e-4
-        few = n<10
-        mean[few],var[few] = v.mean(),v.var()+1e-4
-        return 0.5*np.log(var[group[held]])+(log[held]-mean[group[held]])**2/(2*var[group[held]])
+)->float: # p value; 1 where there is nothing to compare
+    "Does a column say anything about the library sizes of cells of which the other columns are known?"
+    from scipy.stats import f
+    named = np.flatnonzero(self.named)
+    log,places = np.log(self.library[named].astype(float)),places_of(self.columns, self.codes)[named]
+    def fit(columns): # Squares that are left, and number of groups
+        _,group = np.unique(np.column_stack([np.zeros(len(named), int),places[:,columns]]), axis=0, return_inverse=True)
+        group = group.ravel()
+        mean = np.bincount(group, log)/np.bincount(group)
+        return ((log-mean[group])**2).sum(),group.max()+1
     every = list(range(len(self.columns)))
-    return cost([i for i in every if i!=column])-cost(every)
+    (less,few),(more,many) = fit([i for i in every if i!=column]),fit(every)
+    if many==few or len(log)<=many: return 1.
+    return float(f.sf((less-more)/(many-few)/max(more/(len(log)-many), 1e-12), many-few, len(log)-many))
 
 # %% ../nbs/04d_cells.ipynb #d5a30d77
 def in_order(

@@ -132,8 +132,7 @@ def _confirm_labels(self:SCLD, held, seed):
         mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
         if mean>2*error: continue
         ae.merge_places(of, **which)
-        deep = self.training.depth_gain(named[there.cpu().numpy()] if several else named, i)
-        apart[i] = bool(deep.mean()>2*deep.std(ddof=1)/len(deep)**0.5)
+        apart[i] = self.training.depth_p(i)<1e-3
         what,who = (f"the levels of {column.name!r}",'its levels') if i else ('the labels','labels')
         alike = f"Cells of all {who} will be alike{', but for their depth' if apart[i] else ''}"
         warnings.warn(NOT_CONFIRMED.format(len(x), what, mean, error, alike))

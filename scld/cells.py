@@ -113,15 +113,19 @@ class TrainingCells:
         self.unnamed = -(-sum(self.small.values())//min_label)*min_label
         self.columns = Columns([Names(self.labels, self.categories)])
         self.codes = np.where(self.named, self.code, np.nan)[:,None]
-        for k in keys: self._add_column(*read_column(data.obs, k, min_label, label_colors(data, k)))
+        for k in keys: self._add_column(data, k, min_label)
         self.seen = self._combinations(min_label)
+        self.columns.join(self.seen, min_label)
         self._add_up(data)
     def __len__(self): return len(self.code)
 
 # %% ../nbs/04d_cells.ipynb #5fc0905a
 @patch
-def _add_column(self:TrainingCells, column, code):
-    "One more column"
+def _add_column(self:TrainingCells, data, key, min_label):
+    "One more column; what is known of unnamed cells alone is no level"
+    known = data.obs[self.named] if key in data.obs else data.obs
+    column,_ = read_column(known, key, min_label, label_colors(data, key))
+    code = np.where(self.named, column.code(data.obs[key]), np.nan)
     if isinstance(column, Names): check_names(column.levels, 'levels')
     self.columns.append(column)
     self.codes = np.column_stack([self.codes,code])
@@ -170,6 +174,10 @@ def means(self:TrainingCells)->torch.Tensor: # Mean expression of each level and
     if len(self.columns)==1: return means
     weight = self.columns.weights(self.codes).numpy()[:,K:-1]*self.named[:,None]
     levels = level_means((lognorm(B) for _,B in row_blocks(self.X)), weight, self.code, means)
+    if self.columns.joint: # Beyond what their levels say
+        n = self.columns.blocks[-1].start-K
+        of = weight[:,n:].T@weight[:,:n]/weight[:,n:].sum(0)[:,None]
+        levels[n:] -= torch.from_numpy(of).float()@(levels[:n]-means[-1])
     return torch.vstack([means[:K],levels,means[K:]])
 
 # %% ../nbs/04d_cells.ipynb #b4f54784
@@ -287,6 +295,7 @@ def depth_p(self:TrainingCells,
         mean = np.bincount(group, log)/np.bincount(group)
         return ((log-mean[group])**2).sum(),group.max()+1
     every = list(range(len(self.columns)))
+    if column==len(every): return min(map(self.depth_p, every[1:]))   # combinations
     (less,few),(more,many) = fit([i for i in every if i!=column]),fit(every)
     if many==few or len(log)<=many: return 1.
     return float(f.sf((less-more)/(many-few)/max(more/(len(log)-many), 1e-12), many-few, len(log)-many))

@@ -19,14 +19,14 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder,pick
-from .columns import Columns,Names,column_from,common_effect,places_of
+from .columns import Columns,Names,column_from,common_effects,places_of
 from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
 from .files import read_counts
 from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
     recognised_real)
-from .labels import read_labels
+from .labels import read_labels,split
 from .pre_guidance import Denoiser,draw_evenly,even_weights
 from .requests import (Blocks,PerRow,check_label,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
     unseen,witnessed,without_witness)
@@ -76,6 +76,7 @@ class SCLD:
         self.label_table = pd.DataFrame(facts['label_table'], index=self.categories)
         n = self.label_table['n'].astype(int).tolist()
         if self.seen is None: self.seen = [[k,m] for k,m in enumerate(n)]+[[-1,self.unnamed]]*(self.unnamed>0)
+        self.columns.join(self.seen, self.settings['min_label'])
     @property
     def conditions(self)->list: # Names
         "Columns beside the labels by which cells can be asked for"
@@ -94,12 +95,12 @@ def _build(self:SCLD,
     s,G = self.settings,len(self.genes)
     n,K = s['n_latent'],len(self.categories)
     own = 'n_hidden','drop_hidden','likelihood','noise','reads','prior','tails'
-    sizes = [len(c) for c in self.columns]
+    sizes = self.columns.sizes
     ae = Autoencoder(G, n, *(s[k] for k in own), sum(sizes)*(s['label_sd']>0), s['label_sd'])
     unet = UNet(n+1, *(s[k] for k in ('widths','n_emb','dropout','backbone','fusion','bends')))
     self.net = nn.ModuleDict(dict(
         ae=ae, depth=depths[s['depth']](), scale=Standardize(n+1),
-        denoiser=Denoiser(unet, means, s['condition'], sizes if len(sizes)>1 else None),
+        denoiser=Denoiser(unet, means, s['condition'], sizes if len(sizes)>1 else None, bool(self.columns.joint)),
         labeller=Labeller(G, K), scorer=Scorer(G)))
     if len(sizes)>1: self.net.denoiser.register_buffer('offset', torch.zeros(sum(sizes)+1, n+1))
     self.net.eval()
@@ -120,20 +121,24 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
 def _confirm_labels(self:SCLD, held, seed):
     "Make all levels of a column alike, with a warning, where held-out cells do not confirm that they differ, (A17)"
     ae,named,several = self.net.ae,held[self.training.named[held]],len(self.columns)>1
+    self.training.heard = [True]*len(self.columns.sizes)   # Does the expression of cells depend on a column?
     if ae.centres is None or len(named)<20: return
     cells,told = self.training.labelled(named, self.device)
-    apart = [True]*len(self.columns)
-    for i,(column,block) in enumerate(zip(self.columns, self.columns.blocks)):
+    apart,heard = [True]*len(self.columns.sizes),self.training.heard
+    for i,block in enumerate(self.columns.blocks):
         there = told[:,block].sum(1)>0 if several else slice(None)
         x,of = cells[there],told[there]
-        if len(column)<2 or len(x)<20: continue
+        if block.stop-block.start<2: continue
         which = dict(block=block) if several else {}
-        with seeded(seed): gain = ae.place_gain(x, of, **which)
-        mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
+        if len(x)>=20:
+            with seeded(seed): gain = ae.place_gain(x, of, **which)
+            mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
+        else: mean,error = 0.,float('nan')   # too few to say
         if mean>2*error: continue
         ae.merge_places(of, **which)
-        apart[i] = self.training.depth_p(i)<1e-3
-        what,who = (f"the levels of {column.name!r}",'its levels') if i else ('the labels','labels')
+        apart[i],heard[i] = self.training.depth_p(i)<1e-3,False
+        if i==len(self.columns): continue   # of combinations nobody spoke
+        what,who = (f"the levels of {self.columns[i].name!r}",'its levels') if i else ('the labels','labels')
         alike = f"Cells of all {who} will be alike{', but for their depth' if apart[i] else ''}"
         warnings.warn(NOT_CONFIRMED.format(len(x), what, mean, error, alike))
     self.net.denoiser.hear(apart if several else apart[0])
@@ -155,9 +160,10 @@ def _calibrate(self:SCLD, named, seed):
     of_labels,*others = self.columns.blocks
     def calibrate(rows, at_most, n, block):
         with seeded(seed): ae.calibrate_labels(lambda: cells.sample(rows, seed, at_most, self.device), n, worth, block)
-    if self._apart(): calibrate(rows, len(rows), n, of_labels)
+    def heard(i): return self._apart(i) and getattr(cells, 'heard', [True]*(i+1))[i]
+    if heard(0): calibrate(rows, len(rows), n, of_labels)
     for i,block in enumerate(others, 1):
-        if self._apart(i): calibrate(named, 20_000, cells.told(named)[:,block].sum(0).to(self.device), block)
+        if heard(i): calibrate(named, 20_000, cells.told(named)[:,block].sum(0).to(self.device), block)
 
 @patch
 def _apart(self:SCLD, i=0)->bool: # Of column number `i`, the labels first
@@ -223,11 +229,12 @@ def _fit_offset(self:SCLD, z):
     if not self.conditions: return z
     cells,K = self.training,len(self.categories)
     weight = self.columns.weights(cells.codes).numpy()[:,K:-1]*cells.named[:,None]
-    offset = np.zeros((weight.shape[1],z.shape[1]))
-    for block in self.columns.blocks[1:]:
-        of = slice(block.start-K, block.stop-K)
-        offset[of] = common_effect(z.cpu().numpy().astype(float), weight[:,of], cells.code)
-    self.net.denoiser.offset[K:-1] = torch.from_numpy(offset).to(z)
+    apart = [i for i in range(1, len(self.columns)) if self._apart(i)]
+    blocks = [self.columns.blocks[i] for i in apart]
+    self.net.denoiser.offset.zero_()
+    if apart:
+        found = common_effects(z.cpu().numpy().astype(float), [weight[:,b.start-K:b.stop-K] for b in blocks], cells.code)
+        for b,f in zip(blocks, found): self.net.denoiser.offset[b] = torch.from_numpy(f).to(z)
     told = [self._offset(cells.told(i).to(z.device)) for i in np.array_split(np.arange(len(z)), -(-len(z)//5000))]
     return z-torch.cat(told)
 
@@ -352,6 +359,7 @@ def _block(self:SCLD,
     keep:float, # Share of candidates to keep
     times:list, # Steps of the schedule to visit
     factor=None, # Function of what cells are told to the factor on what is expected, shape (n, 1 or n_genes)
+    in_order:bool=False, # Give cells in the order of `code`, not kind by kind?
 )->tuple: # Counts (CSR), latents, scores, codes of the other columns and labels, n rows each
     "Draw candidates, score them, keep the best"
     kinds,kind = distinct(code)
@@ -361,13 +369,15 @@ def _block(self:SCLD,
     label = self._label(kinds[cond])
     score = self._scores(X, label if guidance>=0 else None)
     best = keep_best(score, cond, Counter(kind.tolist()))
+    if in_order: best = best[np.argsort(np.argsort(kind, kind='stable'))]   # cells come kind by kind
+    if guidance==-1: kinds = np.full_like(kinds, np.nan)   # obs does not pretend that conditions were heard
     return X[best],z[best],score[best],kinds[cond][best,1:],label[best]
 
 # %% ../nbs/05a_model.ipynb #6e323538
 @patch
-def _maker(self:SCLD, guidance=0., keep=1., steps=10, factor=None):
+def _maker(self:SCLD, guidance=0., keep=1., steps=10, factor=None, in_order=False):
     "A function that makes a block, of a generator and the conditions of the cells wanted"
-    return partial(self._block, guidance=guidance, keep=keep, times=snr_timesteps(self.sched, steps), factor=factor)
+    return partial(self._block, guidance=guidance, keep=keep, times=snr_timesteps(self.sched, steps), factor=factor, in_order=in_order)
 
 # %% ../nbs/05a_model.ipynb #2ed2fd8f
 @patch
@@ -403,8 +413,13 @@ def _try_conditions(self:SCLD, seed, n=100):
         code = codes_of(asked, self.columns, self.seen, seed)
         synth = join(Blocks(code, (seed,4)).each(self._maker()))[0]
         like = fit_labeller(X, level, len(c)).log_odds(synth).argmax(1)
-        real = recognised_real(X, level, len(c), 3, seed)[np.bincount(level, minlength=len(c))>0]
-        c.heard = [float(real.mean()),float((like==c.place(code[:,i])).mean())]
+        parts,every,right = split(level, [1/3]*3, seed),np.arange(len(level)),np.zeros(len(level))
+        for part in parts:
+            rest = np.setdiff1d(every, part)
+            right[part] = fit_labeller(X[rest], level[rest], len(c)).log_odds(X[part]).argmax(1)==level[part]
+        seen = np.concatenate(parts)
+        real = np.bincount(level[seen], right[seen], len(c))/np.maximum(np.bincount(level[seen], minlength=len(c)), 1)
+        c.heard = [float(real[np.unique(level[seen])].mean()),float((like==c.place(code[:,i])).mean())]
 
 @patch
 def _refuse_unheard(self:SCLD, asked, floor):
@@ -437,6 +452,7 @@ def _start_anew(self:SCLD, seed, device):
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
     if self.start: self._adopt(device)
+    for c in self.columns[1:]: c.heard = None
     self.history = pd.DataFrame()
     self.trained = self.scored = False
 
@@ -494,7 +510,7 @@ def _refuse_unready(self:SCLD, keep=1.):
 def _read_request(self:SCLD, n):
     "A checked request, codes of a table's cells, and what is written down of it"
     few = self.settings['min_label'] if self.unnamed else 0
-    if isinstance(n, pd.Series) and n.index.nlevels>1: n = n.rename('n').reset_index()
+    if isinstance(n, pd.Series) and (n.index.nlevels>1 or n.index.name in self.conditions): n = n[n>0].rename('n').reset_index()
     if not isinstance(n, pd.DataFrame):
         if hasattr(n, 'items'): self._refuse_level(n)
         request = read_request(n, self.categories, self.small, few)
@@ -507,7 +523,7 @@ def _read_request(self:SCLD, n):
 @patch
 def _refuse_level(self:SCLD, names):
     "`KeyError` where what is asked for by name is not a label but of another column"
-    for k in names:
+    for k,_ in names.items():
         for c in self.columns[1:]:
             if k in self.categories or k not in (c.name,*c.levels): continue
             table = f"pandas.DataFrame({{{c.name!r}: [{(c.levels[0] if k==c.name else k)!r}], 'n': [500]}})"
@@ -581,7 +597,8 @@ def _read_effect(self:SCLD, effect, guidance):
 @patch
 def _levels(self:SCLD)->list: # A label has its own name; a name that is in two columns is that of the first
     "Names of all levels in their order"
-    names = [k if isinstance(k, str) else f'{k:g}' for c in self.columns for k in c.levels]
+    named = [[k if isinstance(k, str) else f'{k:g}' for k in c.levels] for c in self.columns]
+    names = sum(named, [])+[' | '.join(of[i] for of,i in zip(named, p)) for p in self.columns.joint]
     return [k if names.index(k)==i else f'{k} ({i})' for i,k in enumerate(names)]
 
 @patch
@@ -619,13 +636,14 @@ def sample(self:SCLD,
     self._refuse_unready(keep)
     request,how['n'] = self._read_request(n)
     how['effect'] = json.dumps(self._read_effect(effect, guidance))
-    code = codes_of(request, self.columns, self.seen, seed, holistic=guidance==-1)
+    code = codes_of(request, self.columns, self.seen, seed, holistic=guidance==-1 and not self.conditions)
     blocks = Blocks(code, (seed,0), part)
-    cells = blocks.each(self._maker(guidance, keep, steps, self._factor(how)), at_once, progress)
+    table = isinstance(request, np.ndarray)
+    cells = blocks.each(self._maker(guidance, keep, steps, self._factor(how), table), at_once, progress)
     self._say_of_labels(request, floor*(guidance>=0))
     if depth>1: warnings.warn(DEEPER.format(depth), stacklevel=2)
-    if isinstance(request, np.ndarray): self._say_of_unseen(code)
-    by_name = isinstance(request, dict) or isinstance(request, np.ndarray) and not np.isnan(request[:,0]).all()
+    if table: self._say_of_unseen(code)
+    by_name = isinstance(request, dict) or table and not np.isnan(request[:,0]).all()
     least = floor if by_name else 0.
     sorts = self.scored and self._apart()
     cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, sorts)
@@ -692,7 +710,7 @@ def _shapes(self:SCLD, config):
     "Become the model of a config, without values in its arrays, and return these"
     self.settings,self.scored,self.started = (config[k] for k in ('settings','scored','start'))
     self._describe(config)
-    with steady(), torch.device('meta'): self._build(torch.zeros(sum(map(len, self.columns))+1, len(self.genes)))
+    with steady(), torch.device('meta'): self._build(torch.zeros(sum(self.columns.sizes)+1, len(self.genes)))
     return self.net.state_dict()
 
 @patch(cls_method=True)
@@ -737,6 +755,17 @@ def score(self:SCLD,
 
 # %% ../nbs/05a_model.ipynb #1acfdc76
 @patch
+def _known_levels(self:SCLD, cells, column):
+    "Codes of real cells in a column; a warning for levels that the model does not know"
+    values = cells.obs[column.name]
+    code = column.code(values)
+    lost = np.flatnonzero(np.isnan(code) & values.notna().to_numpy())
+    if len(lost):
+        first = f"the first {values.iloc[lost[0]]!r}"
+        warnings.warn(f"obs[{column.name!r}]: {len(lost):,} cells are of levels that the model does not know, {first}; they leave it open", stacklevel=3)
+    return code
+
+@patch
 @torch.no_grad()
 def encode(self:SCLD,
     adata, # Real cells: an AnnData or the path of a file
@@ -750,7 +779,7 @@ def encode(self:SCLD,
     code = np.full((cells.n_obs,len(self.columns)), np.nan)
     if labels is not None: code[:,0] = self._known_labels(cells, labels)
     for i,c in enumerate(self.columns[1:], 1):
-        if labels is not None and c.name in cells.obs: code[:,i] = c.code(cells.obs[c.name])
+        if labels is not None and c.name in cells.obs: code[:,i] = self._known_levels(cells, c)
     X,out = in_order(cells, self.genes, missing),[]
     with steady():
         for i in range(0, len(code), 1024):

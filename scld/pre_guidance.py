@@ -103,9 +103,11 @@ class Denoiser(nn.Module):
         means:torch.Tensor, # Conditions, the global one last, shape (K+1, n_genes)
         condition:str='contrast', # What the network hears of them: `contrast`, or `mean` as in the paper
         sizes:list|None=None, # Number of levels of each column, where there are several
+        joint:bool=False, # Are the last levels combinations of the others?
     ):
         super().__init__()
         self.unet,self.embed,self.sizes = unet,Embed(means.shape[1], unet.n_emb),sizes or [len(means)-1]
+        self.joint = joint
         self.condition = choose('condition', condition, conditions)
         self.register_buffer('means', means)
         self.register_buffer('apart', torch.ones(len(sizes) if sizes else (), dtype=torch.bool))
@@ -126,11 +128,13 @@ def global_slot(
     n_labels:int, # K, the number of the global condition
     share:float=0.2, # Share of the batch that takes it
     sizes:list|None=None, # Number of levels of each column, where `label` are weights of several
+    joint:bool=False, # Are the last levels combinations of the others?
 )->torch.Tensor: # Labels with the first rows replaced by K, shape (n,), or weights, shape (n, n_levels+1)
     "Give the first rows of a batch the global condition, Algorithm 1; of several columns, each by chance in the others"
     first = torch.arange(len(label), device=label.device)<round(share*len(label))
     if not label.is_floating_point(): return torch.where(first, n_labels, label)
     keep = (torch.rand(len(label), len(sizes), device=label.device)>=share) & ~first[:,None]
+    if joint: keep[:,-1] &= keep[:,:-1].all(1)
     kept = label[:,:-1]*keep.repeat_interleave(torch.tensor(sizes, device=label.device), dim=1)
     return torch.cat([kept, len(sizes)-kept.sum(1, keepdim=True)], dim=1)
 
@@ -181,4 +185,4 @@ def loss(self:Denoiser,
     t:torch.Tensor|None=None, # Step of each row, shape (n,); uniform if absent
 )->torch.Tensor: # Scalar; 1 is what predicting no noise costs
     "One batch of Algorithm 1, equation (11)"
-    return sched.noise_loss(self, z0, global_slot(label, len(self.means)-1, share, self.sizes), t)
+    return sched.noise_loss(self, z0, global_slot(label, len(self.means)-1, share, self.sizes, self.joint), t)

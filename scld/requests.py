@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from scipy import sparse
 from tqdm.auto import tqdm
-from .columns import Columns,places_of
+from .columns import Columns,as_text,places_of
 from .labels import closest
 from .training import steady
 
@@ -97,12 +97,12 @@ def _codes(column, values, check):
 
 def _numbers(column, values):
     "Codes of what a request asks of a column of numbers"
-    code = pd.to_numeric(values, errors='coerce').to_numpy(float)
+    code = column.code(values)
     low,high = column.levels[0],column.levels[-1]
     wrong = np.flatnonzero(values.notna().to_numpy() & ~((code>=low)&(code<=high)))
     if len(wrong):
         has = f"{column.name!r} went from {low:g} to {high:g} in the training cells"
-        raise ValueError(f"{has}, and nothing is known beyond; {len(wrong):,} of {len(code):,} rows ask for it, the first for {values.iloc[wrong[0]]!r}")
+        raise ValueError(f"{has}, and nothing is known beyond; {len(wrong):,} of {len(code):,} rows ask for it, the first for {str(values.iloc[wrong[0]])!r}")
     return code
 
 def read_design(
@@ -112,22 +112,27 @@ def read_design(
     few:int=0, # Labels of fewer training cells have no name; 0 where none was so small
 )->np.ndarray: # Codes of each cell, NaN for what is left out, shape (n, n_columns)
     "What a table asks for; `KeyError` for unknown columns and levels, `ValueError` for numbers that cannot be"
+    names = [k for k in design.index.names if k in columns.names and k not in design]
+    if names: design = design.reset_index(names)
+    twice = design.columns[design.columns.duplicated()]
+    if len(twice): raise ValueError(f"the design has the column {twice[0]!r} twice")
     unknown = [c for c in design if c not in (*columns.names,'n')]
     if unknown:
         near = closest(unknown[0], columns.names, 0.5)
         meant = f"; did you mean {near!r}?" if near else ''
         raise KeyError(f"the design has a column {unknown[0]!r} that the model does not know{meant} It knows {columns.names}, and n")
     if not len(design): raise ValueError("no cells asked for: the design has no rows")
-    n = design['n'] if 'n' in design else np.ones(len(design), int)
+    n = design['n'].tolist() if 'n' in design else [1]*len(design)
+    n = [int(m) if isinstance(m, (float,np.floating)) and m==int(m if m==m else 0) else m for m in n]   # 5.0 is 5
     for k,m in zip(design.index, n): check_number(f'row {k}', m, [])
     if sum(map(int, n))>MOST: raise ValueError(f"{sum(map(int, n)):,} cells are too many for one call; ask for at most {MOST:,}")
     def label(name): check_label(name, columns[0].levels, small, few)
     out = np.full((len(design),len(columns)), np.nan)
     for i,c in enumerate(columns):
         if c.name not in design: continue
-        text = hasattr(c, 'colors')
-        values = design[c.name].astype(object)
-        out[:,i] = _codes(c, values.where(values.isna(), values.astype(str)), label if i==0 else lambda v: None) if text else _numbers(c, values)
+        values = design[c.name]
+        if hasattr(c, 'exact'): out[:,i] = _numbers(c, values)
+        else: out[:,i] = _codes(c, as_text(values), label if i==0 else lambda v: None)
     return np.repeat(out, np.asarray(n, int), axis=0)
 
 # %% ../nbs/04a_requests.ipynb #9b5791ef
@@ -142,7 +147,7 @@ def fill_in(
     asked = places_of(columns, given[None])[0]
     left = np.isnan(given)
     if not left.any(): return np.tile(given, (n,1))
-    table = np.array(seen)
+    table = np.asarray(seen)
     for upto in range(len(columns), -1, -1):
         wanted = [i for i in range(upto) if not left[i]]
         rows = table[(table[:,wanted]==asked[wanted]).all(1)]
@@ -174,7 +179,7 @@ def codes_of(
         given = np.full((sum(numbers.values()),len(columns)), np.nan)
         given[:,0] = columns[0].code(list(numbers)).repeat(list(numbers.values()))
         if holistic and not isinstance(request, dict): return given
-    kinds,which = distinct(given)
+    (kinds,which),seen = distinct(given),np.array(seen)
     out = given.copy()
     for k,one in enumerate(kinds):
         rows = np.flatnonzero(which==k)

@@ -163,7 +163,7 @@ def facts(self:TrainingCells)->dict: # Labels, genes, and a table of labels, in 
 
 # %% ../nbs/04d_cells.ipynb #91c5ce30
 @patch
-def means(self:TrainingCells)->torch.Tensor: # Mean expression of each level and, last, of all, shape (n_levels+1, n_genes)
+def means(self:TrainingCells)->torch.Tensor: # Mean expression of levels and, last, of all, shape (n_levels+1, n_genes)
     "The conditions of a model, equations (8) and (G3)"
     K = len(self.categories)
     parts = (lognorm(B) for _,B in row_blocks(self.X))

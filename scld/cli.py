@@ -243,7 +243,8 @@ def planted_in(
     twice = table.duplicated(['label','gene'])
     if twice.any():
         row = table[twice].iloc[0]
-        raise ValueError(f"--effect {path}: {twice.sum():,} changes stand twice, the first {row['gene']!r} in {row['label']!r}")
+        first = f"the first {row['gene']!r} in {row['label']!r}"
+        raise ValueError(f"--effect {path}: {twice.sum():,} changes stand twice, {first}")
     return {k: dict(zip(g['gene'], g['log2_fold_change'])) for k,g in table.groupby('label', sort=False)}
 
 # %% ../nbs/08_cli.ipynb #7b424815
@@ -253,12 +254,14 @@ def asked_in(
     "A table of requests, read from a file; `ValueError` where there is none"
     import pandas as pd
     if not Path(path).is_file(): raise ValueError(f"--design {path}: there is no file of this name")
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[''])
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True)
     except (pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
         raise ValueError(f"--design {path} is not a table of comma-separated values: {e}") from e
     if 'n' in table:
         whole = table['n'].fillna('').str.fullmatch('[0-9]{1,18}')
-        if not whole.all(): raise ValueError(f"--design {path}: n must be whole numbers, the first that is not is {table['n'][~whole].iloc[0]!r}")
+        if not whole.all():
+            first = f"the first that is not is {table['n'][~whole].iloc[0]!r}"
+            raise ValueError(f"--design {path}: n must be whole numbers, {first}")
         table['n'] = table['n'].astype(int)
     return table
 

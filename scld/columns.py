@@ -39,7 +39,9 @@ class Names:
         heard=None, # Shares of real and of synthetic cells whose level is recognised, once a model was trained
     ): self.name,self.levels,self.colors,self.heard = name,list(levels),list(colors),heard
     def __len__(self): return len(self.levels)
-    def code(self, values): return pd.Series(pd.Categorical(as_text(values), self.levels).codes, dtype=float).where(lambda k: k>=0).to_numpy()
+    def code(self, values):
+        number = pd.Categorical(as_text(values), self.levels).codes
+        return np.where(number<0, np.nan, number)
     def weights(self, code): return (np.asarray(code)[:,None]==np.arange(len(self))).astype(float)
     def place(self, code): return np.nan_to_num(code, nan=-1).astype(int)
     def at(self, place): return np.where(place<0, np.nan, place)
@@ -54,10 +56,13 @@ class Numbers:
         exact:bool=True, # Are knots the only values there were?
         heard=None, # Shares of real and of synthetic cells whose nearest knot is recognised, once a model was trained
         grid=(), # Quantiles of the values, evenly spaced in rank, where knots are not all
-    ): self.name,self.levels,self.exact,self.heard,self.grid = name,list(map(float, levels)),exact,heard,list(map(float, grid))
+    ):
+        self.name,self.exact,self.heard = name,exact,heard
+        self.levels,self.grid = list(map(float, levels)),list(map(float, grid))
     def __len__(self): return len(self.levels)
     def code(self, values):
-        v,knots = pd.to_numeric(pd.Series(values), errors='coerce').to_numpy(float, na_value=np.nan),np.array(self.levels)
+        v = pd.to_numeric(pd.Series(values), errors='coerce').to_numpy(float, na_value=np.nan)
+        knots = np.array(self.levels)
         near = knots[np.abs(np.nan_to_num(v)[:,None]-knots).argmin(1)]
         return np.where(np.abs(v-near)<=1e-6*(knots[-1]-knots[0]), near, v)   # 0.1 in single precision is 0.1
     def weights(self, code): return tents(np.asarray(code), self.levels)
@@ -83,15 +88,18 @@ def _numbers(values, key, few):
     "A column of numbers"
     v = values.to_numpy(float, na_value=np.nan)
     wrong = np.flatnonzero(np.isinf(v))
-    if len(wrong): raise ValueError(f"obs[{key!r}] has {len(wrong)} infinite values, the first at cell {values.index[wrong[0]]!r}")
+    if len(wrong):
+        first = f"the first at cell {values.index[wrong[0]]!r}"
+        raise ValueError(f"obs[{key!r}] has {len(wrong)} infinite values, {first}")
     there,n = np.unique(v[~np.isnan(v)], return_counts=True)
-    if len(there)<2: raise ValueError(f"obs[{key!r}] is the same for all cells; leave it out of conditions")
+    leave = "leave it out of conditions"
+    if len(there)<2: raise ValueError(f"obs[{key!r}] is the same for all cells; {leave}")
     few_values = len(there)<=12
     knots = there[n>=few] if few_values else np.unique(np.quantile(v[~np.isnan(v)], [0,0.1,0.3,0.5,0.7,0.9,1]))
-    if len(knots)<2: raise ValueError(f"obs[{key!r}] has {len(knots)} value of {few} cells and more; leave it out of conditions")
+    if len(knots)<2: raise ValueError(f"obs[{key!r}] has {len(knots)} value of {few} cells and more; {leave}")
     if not few_values and (there==there.round()).all():
-        warnings.warn(f"obs[{key!r}] is read as numbers, from {there[0]:g} to {there[-1]:g}, with mixtures between them; if they are "
-                      "names, make them text: .astype(str)", stacklevel=5)
+        span = f"from {there[0]:g} to {there[-1]:g}, with mixtures between them"
+        warnings.warn(f"obs[{key!r}] is read as numbers, {span}; if they are names, make them text: .astype(str)", stacklevel=5)
     exact = len(knots)==len(there)
     return Numbers(key, knots, exact, grid=() if exact else np.quantile(v[~np.isnan(v)], np.linspace(0, 1, 101))),v
 
@@ -104,8 +112,10 @@ def _names(values, key, few, colors):
     n = np.bincount(each.codes[each.codes>=0], minlength=len(names))
     small = {k: int(m) for k,m in zip(names, n) if m<few}
     levels = [k for k in names if k not in small]
-    if len(levels)>max(len(values)/2, 20): raise ValueError(f"obs[{key!r}] has {len(levels):,} values for {len(values):,} cells; expected a few levels")
-    if len(levels)<2: raise ValueError(f"obs[{key!r}] has {len(levels)} level of {few} cells and more; leave it out of conditions")
+    if len(levels)>max(len(values)/2, 20):
+        raise ValueError(f"obs[{key!r}] has {len(levels):,} values for {len(values):,} cells; expected a few levels")
+    if len(levels)<2:
+        raise ValueError(f"obs[{key!r}] has {len(levels)} level of {few} cells and more; leave it out of conditions")
     column = Names(key, levels, [colors[k] for k in levels if k in colors])
     return column,column.code(values),small
 
@@ -118,15 +128,19 @@ def read_column(
     "A column of `obs` as a condition; `KeyError` where there is none, `ValueError` for what cannot be one"
     if key not in obs:
         near = closest(key, [str(c) for c in obs], 0.5)
-        raise KeyError(f"no column {key!r} in obs; "+(f"did you mean {near!r}?" if near else f"the columns are {list(obs)}"))
-    if list(obs.columns).count(key)>1: raise ValueError(f"obs has {list(obs.columns).count(key)} columns {key!r}; rename or drop the others")
+        meant = f"did you mean {near!r}?" if near else f"the columns are {list(obs)}"
+        raise KeyError(f"no column {key!r} in obs; {meant}")
+    times = list(obs.columns).count(key)
+    if times>1: raise ValueError(f"obs has {times} columns {key!r}; rename or drop the others")
     values,small = obs[key],{}
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values): column,code = _numbers(values, key, few)
+    number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    if number: column,code = _numbers(values, key, few)
     else: column,code,small = _names(values, key, few, colors or {})
     open_ = int(np.isnan(code).sum())
     first = ', '.join(f'{k} ({n})' for k,n in list(small.items())[:5])
     why = f", among them those of levels of fewer than {few} cells: {first}{', …'*(len(small)>5)}" if small else ''
-    if open_: warnings.warn(f"obs[{key!r}] says nothing of {open_:,} of {len(code):,} cells{why}; they leave it open", stacklevel=4)
+    said = f"obs[{key!r}] says nothing of {open_:,} of {len(code):,} cells{why}; they leave it open"
+    if open_: warnings.warn(said, stacklevel=4)
     return column,code
 
 # %% ../nbs/00g_columns.ipynb #c9d7479d
@@ -252,6 +266,7 @@ def column_from(
     text = kind is Numbers or (all(isinstance(v, str) for v in levels) and len(set(levels))==len(levels))
     heard = facts.get('heard')
     shares = heard is None or (len(heard)==2 and all(0<=v<=1 for v in heard))
-    shares = shares and (kind is Names or facts['exact'] or (len(facts['grid'])>1 and (np.diff(facts['grid'])>=0).all()))
-    if len(levels)<2 or not rising or not text or not shares: raise ValueError(f"{facts.get('name')!r} has no levels that a column can have")
+    grid = kind is Names or facts['exact'] or (len(facts['grid'])>1 and (np.diff(facts['grid'])>=0).all())
+    if len(levels)<2 or not (rising and text and shares and grid):
+        raise ValueError(f"{facts.get('name')!r} has no levels that a column can have")
     return kind(**facts)

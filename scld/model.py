@@ -143,9 +143,10 @@ def _confirm_labels(self:SCLD, held, seed):
         warnings.warn(NOT_CONFIRMED.format(len(x), what, mean, error, alike))
     self.net.denoiser.hear(apart if several else apart[0])
 
-NOT_CONFIRMED = ("{} held-out cells do not confirm that {} differ: told apart, they are explained better by {:.2f} nats a "
-    "cell, with a standard error of {:.2f}. {}. Learn from more cells, or choose another column; the setting validation=0 "
-    "takes columns at their word")
+NOT_CONFIRMED = (
+    "{} held-out cells do not confirm that {} differ: told apart, they are explained better by {:.2f} nats a cell, with a "
+    "standard error of {:.2f}. {}. Learn from more cells, or choose another column; the setting validation=0 takes columns "
+    "at their word")
 
 # %% ../nbs/05a_model.ipynb #a4185454
 @patch
@@ -233,7 +234,8 @@ def _fit_offset(self:SCLD, z):
     blocks = [self.columns.blocks[i] for i in apart]
     self.net.denoiser.offset.zero_()
     if apart:
-        found = common_effects(z.cpu().numpy().astype(float), [weight[:,b.start-K:b.stop-K] for b in blocks], cells.code)
+        of = [weight[:,b.start-K:b.stop-K] for b in blocks]
+        found = common_effects(z.cpu().numpy().astype(float), of, cells.code)
         for b,f in zip(blocks, found): self.net.denoiser.offset[b] = torch.from_numpy(f).to(z)
     told = [self._offset(cells.told(i).to(z.device)) for i in np.array_split(np.arange(len(z)), -(-len(z)//5000))]
     return z-torch.cat(told)
@@ -340,7 +342,7 @@ def _more(self:SCLD, guidance, times=None):
 
 @patch
 def _told(self:SCLD, code):
-    "What a network hears of codes, shape (n, n_columns): number of the label, or weights where there are several columns"
+    "What a network hears of codes, shape (n, n_columns): number of the label, or weights of several columns"
     return self.columns.weights(code) if len(self.columns)>1 else torch.from_numpy(self._label(code))
 
 @patch
@@ -377,7 +379,8 @@ def _block(self:SCLD,
 @patch
 def _maker(self:SCLD, guidance=0., keep=1., steps=10, factor=None, in_order=False):
     "A function that makes a block, of a generator and the conditions of the cells wanted"
-    return partial(self._block, guidance=guidance, keep=keep, times=snr_timesteps(self.sched, steps), factor=factor, in_order=in_order)
+    times = snr_timesteps(self.sched, steps)
+    return partial(self._block, guidance=guidance, keep=keep, times=times, factor=factor, in_order=in_order)
 
 # %% ../nbs/05a_model.ipynb #2ed2fd8f
 @patch
@@ -406,7 +409,8 @@ def _try_conditions(self:SCLD, seed, n=100):
     cells,rng = self.training,np.random.default_rng(seed)
     places = places_of(self.columns, cells.codes)
     for i,c in enumerate(self.columns[1:], 1):
-        rows = [rng.permutation(np.flatnonzero(cells.named&(places[:,i]==k)))[:max(2000//len(c), 20)] for k in range(len(c))]
+        of = [np.flatnonzero(cells.named&(places[:,i]==k)) for k in range(len(c))]
+        rows = [rng.permutation(k)[:max(2000//len(c), 20)] for k in of]
         X,level = cells.X[np.concatenate(rows)],np.repeat(np.arange(len(c)), list(map(len, rows)))
         asked = np.full((n*len(c),len(self.columns)), np.nan)
         asked[:,i] = c.at(np.repeat(np.arange(len(c)), n))
@@ -429,8 +433,8 @@ def _refuse_unheard(self:SCLD, asked, floor):
         if c.heard is None or not self._apart(i): continue
         (real,synth),chance = c.heard,1/len(c)
         got = (synth-chance+0.5/(100*len(c))**0.5)/max(real-chance, 1e-9)
-        said = (f"by expression a classifier is right on {c.name!r} for {synth:.0%} of synthetic cells and {real:.0%} of real ones "
-                f"({chance:.0%} by guessing)")
+        said = (f"by expression a classifier is right on {c.name!r} for {synth:.0%} of synthetic cells and {real:.0%} of "
+                f"real ones ({chance:.0%} by guessing)")
         todo = "train longer or on more cells, or take any with floor=0"
         if real-chance<0.05 or got>=0.8: continue
         if got<floor: raise RuntimeError(f"synthetic cells are not what was asked for; {said}; {todo}")
@@ -510,14 +514,16 @@ def _refuse_unready(self:SCLD, keep=1.):
 def _read_request(self:SCLD, n):
     "A checked request, codes of a table's cells, and what is written down of it"
     few = self.settings['min_label'] if self.unnamed else 0
-    if isinstance(n, pd.Series) and (n.index.nlevels>1 or n.index.name in self.conditions): n = n[n>0].rename('n').reset_index()
+    by_column = isinstance(n, pd.Series) and (n.index.nlevels>1 or n.index.name in self.conditions)
+    if by_column: n = n[n>0].rename('n').reset_index()
     if not isinstance(n, pd.DataFrame):
         if hasattr(n, 'items'): self._refuse_level(n)
         request = read_request(n, self.categories, self.small, few)
         return request,json.dumps(request)
     request = read_design(n, self.columns, self.small, few)
     kinds,kind = distinct(request)
-    table = pd.DataFrame({c.name: c.column(v).astype(object) for c,v in zip(self.columns, kinds.T)}).assign(n=np.bincount(kind))
+    words = {c.name: c.column(v).astype(object) for c,v in zip(self.columns, kinds.T)}
+    table = pd.DataFrame(dict(words, n=np.bincount(kind)))
     return request,table.to_json(orient='records') if len(table)<=1000 else f'a table of {len(request):,} cells'
 
 @patch
@@ -537,7 +543,8 @@ def _say_of_labels(self:SCLD, request, floor=0.):
     asked = ~np.isnan(request).all(0) if isinstance(request, np.ndarray) else [isinstance(request, dict)]
     for i in np.flatnonzero(asked):
         what = f"levels of {self.columns[i].name!r}" if i else 'labels'
-        if not self._apart(i): warnings.warn(f"cells of all {what} are alike in this model: held-out cells did not confirm that they differ", stacklevel=3)
+        alike = f"cells of all {what} are alike in this model: held-out cells did not confirm that they differ"
+        if not self._apart(i): warnings.warn(alike, stacklevel=3)
     self._refuse_unheard(asked, floor)
     if share and not asked[0]: warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
 
@@ -591,7 +598,8 @@ def _read_effect(self:SCLD, effect, guidance):
     "Rows of planted fold changes; none if `effect` is None"
     if effect is None: return []
     if guidance==-1: raise ValueError("effect changes labels, and guidance=-1 ignores them; leave one of the two out")
-    if isinstance(effect, dict): effect = {k if isinstance(k, str) else f'{k:g}': v for k,v in effect.items()}   # 6 is the level '6'
+    def name(k): return k if isinstance(k, str) else f'{k:g}'   # 6 is the level '6'
+    if isinstance(effect, dict): effect = {name(k): v for k,v in effect.items()}
     return read_effect(effect, self._levels(), self.genes).to_numpy().tolist()
 
 @patch
@@ -616,7 +624,7 @@ def _thinned(blocks, depth, key, start):
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
 def sample(self:SCLD,
-    n:int|dict|pd.DataFrame, # How many, as mixed as in training; or by label: `{"NK": 500}`; or a table: a row a cell, or `n` each
+    n:int|dict|pd.DataFrame, # How many, as in training; by label: `{"NK": 500}`; or a table: a row a cell, or with `n`
     guidance:float=0., # ω of (13): 0 follows the label, above 0 exaggerates it; -1 ignores it (holistic, the paper's)
     keep:float=1., # Share of candidates to keep of each label and block, best score first: 0.8 in the paper, 1 for all
     steps:int=10, # Network evaluations a cell
@@ -762,7 +770,8 @@ def _known_levels(self:SCLD, cells, column):
     lost = np.flatnonzero(np.isnan(code) & values.notna().to_numpy())
     if len(lost):
         first = f"the first {values.iloc[lost[0]]!r}"
-        warnings.warn(f"obs[{column.name!r}]: {len(lost):,} cells are of levels that the model does not know, {first}; they leave it open", stacklevel=3)
+        said = f"{len(lost):,} cells are of levels that the model does not know, {first}; they leave it open"
+        warnings.warn(f"obs[{column.name!r}]: {said}", stacklevel=3)
     return code
 
 @patch
@@ -771,7 +780,7 @@ def encode(self:SCLD,
     adata, # Real cells: an AnnData or the path of a file
     layer:str|None=None, # Layer that holds the counts; `X` if absent
     missing:str='error', # What to do about genes of the model that are not there: `error`, or `zero` to take them as 0
-    labels:str|None=None, # Column of `obs` with labels of the model, whose places are then known, and those of its conditions
+    labels:str|None=None, # Column of `obs` with labels of the model; its conditions are read from theirs
 )->np.ndarray: # Standardised latents, the library size last, shape (n_cells, n_latent+1)
     "Latents of real cells, in the space of `obsm['X_scld']` of synthetic ones, equation (3)"
     self._refuse_unready()

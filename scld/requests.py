@@ -102,7 +102,8 @@ def _numbers(column, values):
     wrong = np.flatnonzero(values.notna().to_numpy() & ~((code>=low)&(code<=high)))
     if len(wrong):
         has = f"{column.name!r} went from {low:g} to {high:g} in the training cells"
-        raise ValueError(f"{has}, and nothing is known beyond; {len(wrong):,} of {len(code):,} rows ask for it, the first for {str(values.iloc[wrong[0]])!r}")
+        first = f"the first for {str(values.iloc[wrong[0]])!r}"
+        raise ValueError(f"{has}, and nothing is known beyond; {len(wrong):,} of {len(code):,} rows ask for it, {first}")
     return code
 
 def read_design(
@@ -120,12 +121,13 @@ def read_design(
     if unknown:
         near = closest(unknown[0], columns.names, 0.5)
         meant = f"; did you mean {near!r}?" if near else ''
-        raise KeyError(f"the design has a column {unknown[0]!r} that the model does not know{meant} It knows {columns.names}, and n")
+        knows = f"It knows {columns.names}, and n"
+        raise KeyError(f"the design has a column {unknown[0]!r} that the model does not know{meant} {knows}")
     if not len(design): raise ValueError("no cells asked for: the design has no rows")
     n = design['n'].tolist() if 'n' in design else [1]*len(design)
     n = [int(m) if isinstance(m, (float,np.floating)) and m==int(m if m==m else 0) else m for m in n]   # 5.0 is 5
     for k,m in zip(design.index, n): check_number(f'row {k}', m, [])
-    if sum(map(int, n))>MOST: raise ValueError(f"{sum(map(int, n)):,} cells are too many for one call; ask for at most {MOST:,}")
+    if sum(n)>MOST: raise ValueError(f"{sum(n):,} cells are too many for one call; ask for at most {MOST:,}")
     def label(name): check_label(name, columns[0].levels, small, few)
     out = np.full((len(design),len(columns)), np.nan)
     for i,c in enumerate(columns):
@@ -154,7 +156,8 @@ def fill_in(
         if len(rows): break
     places = rows[deal(n, rows[:,-1], seed)]
     rng = np.random.default_rng([seed,n,1])
-    return np.stack([c.draw(places[:,i], rng) if left[i] else np.full(n, given[i]) for i,c in enumerate(columns)], axis=1)
+    def of(i, c): return c.draw(places[:,i], rng) if left[i] else np.full(n, given[i])
+    return np.stack([of(i, c) for i,c in enumerate(columns)], axis=1)
 
 # %% ../nbs/04a_requests.ipynb #a44cdb4a
 def distinct(
@@ -220,8 +223,9 @@ def without_witness(
     "A sentence on combinations that were not seen"
     first = ', '.join(f'{c.name}={c.column(v[None])[0]}' for c,v in zip(columns, code[new][0]))
     combos = len(pd.DataFrame(code[new]).drop_duplicates())
-    return (f"{new.sum():,} of {len(new):,} cells are of {combos} combination{'s'[:combos>1]} that no training cell had, the "
-            f"first {first}: they are what the model expects, from what it saw of each column, and nothing has confirmed it")
+    some = f"{combos} combination{'s'[:combos>1]} that no training cell had, the first {first}"
+    return (f"{new.sum():,} of {len(new):,} cells are of {some}: "
+            "they are what the model expects, from what it saw of each column, and nothing has confirmed it")
 
 # %% ../nbs/04a_requests.ipynb #12495a0e
 class PerRow:

@@ -59,7 +59,8 @@ def read_keys(
     for k in keys: check_column(k, 'conditions')
     taken = ['n','louvain' if labels is None else labels]
     twice = [k for i,k in enumerate(keys) if k in taken+keys[:i]]
-    if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: by the labels, by another or by the number of cells, n")
+    by = "by the labels, by another or by the number of cells, n"
+    if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: {by}")
     return keys
 
 # %% ../nbs/04c_saved.ipynb #6269a888
@@ -76,8 +77,8 @@ def _are_conditions(v, c):
     for k in v: column_from(k)
     return read_keys(c['labels'], [k['name'] for k in v])==[k['name'] for k in v]
 def _are_seen(v, sizes):
-    rows = [all(type(x) is int for x in row) and row[-1]>=1 and all(-1<=x<n for x,n in zip(row[:-1], sizes, strict=True)) for row in v]
-    return len(rows)>0 and all(rows)
+    def right(row): return row[-1]>=1 and all(-1<=x<n for x,n in zip(row[:-1], sizes, strict=True))
+    return len(v)>0 and all(all(type(x) is int for x in row) and right(row) for row in v)
 def _is_table(v, n):
     most = dict(n=1e12, share=1, mean=1e12, sd=1e12, real=1, synth=1)
     return set(most)-{'synth'}<=set(v)<=set(most) and min(v['n'])>=1 and all(_are_numbers(v[k], n, most[k]) for k in v)

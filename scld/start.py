@@ -179,6 +179,7 @@ def start_from(
     labels,old = columns[0],model.columns[0]
     known = [] if 'louvain' in (labels.name,old.name) else old.levels
     _other_names([k for k in labels.levels if k not in known], [k for k in known if k not in labels.levels])
-    def others(of): return [(c.name,k) for c in of[1:] for k in c.levels]+[(*of.names,*(c.levels[i] for c,i in zip(of, p))) for p in of.joint]
+    def whole(of, p): return *of.names,*(c.levels[i] for c,i in zip(of, p))
+    def others(of): return [(c.name,k) for c in of[1:] for k in c.levels]+[whole(of, p) for p in of.joint]
     places = torch.cat([match(labels.levels, known), match(others(columns), [None]*len(old)+others(model.columns))])
     return SimpleNamespace(net=copy.deepcopy(model.net).cpu(), genes=at, labels=places, mark=model.fingerprint)

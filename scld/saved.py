@@ -58,6 +58,7 @@ def read_keys(
     check_column(labels)
     for k in keys: check_column(k, 'conditions')
     taken = ['n','louvain' if labels is None else labels]
+    if keys and labels=='n': raise ValueError("labels='n' is how a table says how many cells it wants; rename the column")
     twice = [k for i,k in enumerate(keys) if k in taken+keys[:i]]
     by = "by the labels, by another or by the number of cells, n"
     if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: {by}")

@@ -99,7 +99,8 @@ def _numbers(values, key, few):
     if len(knots)<2: raise ValueError(f"obs[{key!r}] has {len(knots)} value of {few} cells and more; {leave}")
     if not few_values and (there==there.round()).all():
         span = f"from {there[0]:g} to {there[-1]:g}, with mixtures between them"
-        warnings.warn(f"obs[{key!r}] is read as numbers, {span}; if they are names, make them text: .astype(str)", stacklevel=5)
+        how = "if they are names, make them text: .astype(str)"
+        warnings.warn(f"obs[{key!r}] is read as numbers, {span}; {how}", stacklevel=5)
     exact = len(knots)==len(there)
     return Numbers(key, knots, exact, grid=() if exact else np.quantile(v[~np.isnan(v)], np.linspace(0, 1, 101))),v
 

@@ -28,7 +28,7 @@ from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_label
     recognised_real)
 from .labels import read_labels,split
 from .pre_guidance import Denoiser,draw_evenly,even_weights
-from .requests import (Blocks,PerRow,check_label,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
+from .requests import (Blocks,PerRow,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
     unseen,witnessed,without_witness)
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model

@@ -7,7 +7,7 @@ __all__ = ['conditions', 'cluster_means', 'Embed', 'contrast', 'level_means', 'b
            'even_weights', 'draw_evenly']
 
 # %% ../nbs/04_pre_guidance.ipynb #dea8f80d
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn

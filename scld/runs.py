@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['trained_models', 'presets', 'data_sets', 'LABELS', 'systems', 'guidances', 'ranks', 'fusions', 'networks4',
-           'ablations', 'tables', 'keep_runs', 'Preset', 'read_file', 'DataSet', 'here', 'best_sets',
-           'experiment_cells', 'System', 'baseline', 'trained', 'ask', 'typer', 'judge_system', 'provenance',
-           'run_system', 'look_for', 'run_guidance', 'jobs', 'results_of', 'run_table']
+           'ablations', 'tables', 'keep_runs', 'count_anew', 'most_memory', 'Preset', 'read_file', 'DataSet', 'here',
+           'best_sets', 'experiment_cells', 'System', 'baseline', 'trained', 'ask', 'typer', 'judge_system',
+           'provenance', 'run_system', 'look_for', 'run_guidance', 'jobs', 'results_of', 'run_table']
 
 # %% ../nbs/06i_runs.ipynb #14d2a33e
 import hashlib,json,platform,sys,time,traceback,warnings
@@ -42,6 +42,17 @@ def keep_runs(
         text = json.dumps(job(), indent=1)+'\n'
         with whole_file(files[name], replace=True) as part: part.write_text(text)
     return {name: json.loads(f.read_text()) for name,f in files.items()}
+
+# %% ../nbs/06i_runs.ipynb #9c8a4c72
+def count_anew():
+    "Start to count the most memory anew, where the system can"
+    try: Path('/proc/self/clear_refs').write_text('5')
+    except OSError: pass
+
+def most_memory()->float|None: # GB; None where the system does not say
+    "The most memory that this process held"
+    try: return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/2**20
+    except (OSError,IndexError): return None
 
 # %% ../nbs/06i_runs.ipynb #bcba6c84
 @dataclass(frozen=True)

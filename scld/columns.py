@@ -22,7 +22,7 @@ def tents(
     each = np.eye(len(knots))
     return np.nan_to_num(np.stack([np.interp(value, knots, one) for one in each], axis=1))
 
-# %% ../nbs/00g_columns.ipynb #97a5c592
+# %% ../nbs/00g_columns.ipynb #42690553
 def as_text(
     values, # Names of any kind, shape (n,): text, bytes, whole numbers, booleans, dates, categories
 )->pd.Series: # Text, missing values where there are none
@@ -30,6 +30,7 @@ def as_text(
     values = pd.Series(values).reset_index(drop=True).astype(object)
     return values.map(lambda k: k.decode() if isinstance(k, bytes) else str(k), na_action='ignore')
 
+# %% ../nbs/00g_columns.ipynb #97a5c592
 class Names:
     "A column of names"
     def __init__(self,
@@ -48,6 +49,7 @@ class Names:
     def draw(self, place, rng): return self.at(place)
     def column(self, code): return pd.Categorical.from_codes(self.place(code), self.levels)
 
+# %% ../nbs/00g_columns.ipynb #4b68b2bb
 class Numbers:
     "A column of numbers"
     def __init__(self,
@@ -83,7 +85,7 @@ def draw(self:Numbers,
     low,high = np.append(0, ends),np.append(ends, 1)
     return np.where(place<0, np.nan, np.interp(rng.uniform(low[place], high[place]), rank, grid))
 
-# %% ../nbs/00g_columns.ipynb #70090497
+# %% ../nbs/00g_columns.ipynb #425dc5fa
 def _numbers(values, key, few):
     "A column of numbers"
     v = values.to_numpy(float, na_value=np.nan)
@@ -104,6 +106,7 @@ def _numbers(values, key, few):
     exact = len(knots)==len(there)
     return Numbers(key, knots, exact, grid=() if exact else np.quantile(v[~np.isnan(v)], np.linspace(0, 1, 101))),v
 
+# %% ../nbs/00g_columns.ipynb #70090497
 def _names(values, key, few, colors):
     "A column of names"
     each = values.astype('category').cat.remove_unused_categories().cat
@@ -154,6 +157,12 @@ class Columns(list):
     def sizes(self)->list: # Of each column, and of the combinations where there are any
         "Numbers of levels"
         return [len(c) for c in self]+[len(self.joint)]*bool(self.joint)
+    @property
+    def level_names(self)->list: # Text; a name that is there already has its number behind it
+        "Names of all levels in their order, numbers and combinations as well"
+        each = [[k if isinstance(k, str) else f'{k:g}' for k in c.levels] for c in self]
+        names = sum(each, [])+[' | '.join(of[i] for of,i in zip(each, p)) for p in self.joint]
+        return [k if names.index(k)==i else f'{k} ({i})' for i,k in enumerate(names)]
     @property
     def blocks(self)->list: # A slice for each column, and for the combinations where there are any
         "Where the levels of each column stand among all"

@@ -19,16 +19,16 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder,pick
-from .columns import Columns,Names,column_from,common_effects,places_of
+from .columns import Columns,Names,column_from,places_of
 from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
 from .files import read_counts
-from scld.post_guidance import (Labeller,Recognition,Scorer,candidates,fit_labeller,fit_scorer,keep_best,
-    recognised_real)
-from .labels import read_labels,split
+from .post_guidance import (Labeller,Recognition,Scorer,candidates,check_heard,fit_labeller,fit_scorer,keep_best,
+    recognised_real,recognised_unseen)
+from .labels import read_labels
 from .pre_guidance import Denoiser,draw_evenly,even_weights
-from .requests import (Blocks,PerRow,codes_of,distinct,draw_seen,in_parts,join,read_design,read_request,
+from .requests import (Blocks,PerRow,codes_of,distinct,draw_seen,in_parts,join,known_codes,read_any,
     unseen,witnessed,without_witness)
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
@@ -37,7 +37,7 @@ from .start import settings_from,start_from
 from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import seeded,steady
-from .truth import factors,planted,read_effect,thin
+from .truth import factor_of,planted,read_effect,thinned
 from .unet import UNet
 
 # %% ../nbs/05a_model.ipynb #3f8214a3
@@ -102,7 +102,6 @@ def _build(self:SCLD,
         ae=ae, depth=depths[s['depth']](), scale=Standardize(n+1),
         denoiser=Denoiser(unet, means, s['condition'], sizes if len(sizes)>1 else None, bool(self.columns.joint)),
         labeller=Labeller(G, K), scorer=Scorer(G)))
-    if len(sizes)>1: self.net.denoiser.register_buffer('offset', torch.zeros(sum(sizes)+1, n+1))
     self.net.eval()
 
 # %% ../nbs/05a_model.ipynb #e986c8cb
@@ -118,35 +117,39 @@ def device(self:SCLD)->torch.device: # `cpu` until `train` or `load` move them
 
 # %% ../nbs/05a_model.ipynb #6a57745a
 @patch
+def _gain(self:SCLD, counts, told, which, seed):
+    "Nats that held-out cells gain by telling the levels of a column apart: mean and standard error"
+    if len(counts)<20: return 0.,float('nan')   # too few to say
+    with seeded(seed): gain = self.net.ae.place_gain(counts, told, **which)
+    return gain.mean().item(),gain.std().item()/len(gain)**0.5
+
+@patch
 def _confirm_labels(self:SCLD, held, seed):
     "Make all levels of a column alike, with a warning, where held-out cells do not confirm that they differ, (A17)"
-    ae,named,several = self.net.ae,held[self.training.named[held]],len(self.columns)>1
-    self.training.heard = [True]*len(self.columns.sizes)   # Does the expression of cells depend on a column?
-    if ae.centres is None or len(named)<20: return
-    cells,told = self.training.labelled(named, self.device)
-    apart,heard = [True]*len(self.columns.sizes),self.training.heard
+    ae,cells,several = self.net.ae,self.training,len(self.columns)>1
+    held = held[cells.named[held]]
+    apart = [True]*len(self.columns.sizes)
+    cells.heard = list(apart)   # Does the expression of cells depend on a column?
+    if ae.centres is None or len(held)<20: return
+    counts,told = cells.labelled(held, self.device)
     for i,block in enumerate(self.columns.blocks):
-        there = told[:,block].sum(1)>0 if several else slice(None)
-        x,of = cells[there],told[there]
         if block.stop-block.start<2: continue
+        there = told[:,block].sum(1)>0 if several else slice(None)
         which = dict(block=block) if several else {}
-        if len(x)>=20:
-            with seeded(seed): gain = ae.place_gain(x, of, **which)
-            mean,error = gain.mean().item(),gain.std().item()/len(gain)**0.5
-        else: mean,error = 0.,float('nan')   # too few to say
+        mean,error = self._gain(counts[there], told[there], which, seed)
         if mean>2*error: continue
-        ae.merge_places(of, **which)
-        apart[i],heard[i] = self.training.depth_p(i)<1e-3,False
+        ae.merge_places(told[there], **which)
+        apart[i],cells.heard[i] = cells.depth_p(i)<1e-3,False
         if i==len(self.columns): continue   # of combinations nobody spoke
         what,who = (f"the levels of {self.columns[i].name!r}",'its levels') if i else ('the labels','labels')
         alike = f"Cells of all {who} will be alike{', but for their depth' if apart[i] else ''}"
-        warnings.warn(NOT_CONFIRMED.format(len(x), what, mean, error, alike))
+        warnings.warn(NOT_CONFIRMED.format(len(told[there]), what, mean, error, alike))
     self.net.denoiser.hear(apart if several else apart[0])
 
 NOT_CONFIRMED = (
-    "{} held-out cells do not confirm that {} differ: told apart, they are explained better by {:.2f} nats a cell, with a "
-    "standard error of {:.2f}. {}. Learn from more cells, or choose another column; the setting validation=0 takes columns "
-    "at their word")
+    "{} held-out cells do not confirm that {} differ: told apart, they are explained better by {:.2f} nats a cell, "
+    "with a standard error of {:.2f}. {}. Learn from more cells, or choose another column; the setting validation=0 "
+    "takes columns at their word")
 
 # %% ../nbs/05a_model.ipynb #a4185454
 @patch
@@ -218,28 +221,6 @@ def _fit_scale(self:SCLD, z, sd):
     scale = self.net.scale.fit(z[named])
     scale.std = (scale.std**2+spread**2).sqrt()
 
-# %% ../nbs/05a_model.ipynb #b59b0106
-@patch
-def _offset(self:SCLD, told)->torch.Tensor|float: # Shape (n, n_latent+1), or 0 where there are labels alone
-    "How far the conditions of cells move their latents"
-    return pick(self.net.denoiser.offset, told) if self.conditions else 0.
-
-@patch
-def _fit_offset(self:SCLD, z):
-    "Learn the offsets of levels from latents, shape (n, n_latent+1), and take them off"
-    if not self.conditions: return z
-    cells,K = self.training,len(self.categories)
-    weight = self.columns.weights(cells.codes).numpy()[:,K:-1]*cells.named[:,None]
-    apart = [i for i in range(1, len(self.columns)) if self._apart(i)]
-    blocks = [self.columns.blocks[i] for i in apart]
-    self.net.denoiser.offset.zero_()
-    if apart:
-        of = [weight[:,b.start-K:b.stop-K] for b in blocks]
-        found = common_effects(z.cpu().numpy().astype(float), of, cells.code)
-        for b,f in zip(blocks, found): self.net.denoiser.offset[b] = torch.from_numpy(f).to(z)
-    told = [self._offset(cells.told(i).to(z.device)) for i in np.array_split(np.arange(len(z)), -(-len(z)//5000))]
-    return z-torch.cat(told)
-
 # %% ../nbs/05a_model.ipynb #e5326bcf
 @patch
 def _fit_labeller(self:SCLD, seed):
@@ -253,12 +234,13 @@ def _fit_labeller(self:SCLD, seed):
 @patch
 def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
-    z,sd = self._latents()
-    z = self._fit_offset(z)
+    cells,(z,sd) = self.training,self._latents()
+    if self.conditions:
+        z = self.net.denoiser.learn_offset(z, cells.told(np.arange(len(z))).to(self.device), cells.code)
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
     net,s = self.net,self.settings
-    sched,label = self.sched,torch.from_numpy(self.training.code).to(self.device)
+    sched,label = self.sched,torch.from_numpy(cells.code).to(self.device)
     several = len(self.columns)>1
     even = s['rows']=='even' and len(self.categories)>0
     upto = even_weights(label, len(self.categories)).cumsum(0)
@@ -266,7 +248,7 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
         i = draw_evenly(i.to(self.device), upto, s['share']) if even else i
         t = sched.draw_steps(len(i), spread=2., device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
-        told = self.training.told(i.cpu().numpy()).to(self.device) if several else label[i]
+        told = cells.told(i.cpu().numpy()).to(self.device) if several else label[i]
         return net.denoiser.loss(sched, net.scale(noisy), told, s['share'], t)
     try:
         losses = fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, seed=seed, desc='diffusion', **kw)
@@ -294,7 +276,7 @@ def _denoise_and_draw(self:SCLD,
     z = run_sampler(denoiser, zT, self.sched, cond, times, dpm_step)
     raw = self.net.scale.inverse(z)
     if self.conditions and told.ndim>1:
-        raw = raw+self._offset(told)
+        raw = raw+pick(self.net.denoiser.offset, told)
         z = self.net.scale(raw)
     library = self.net.depth.inverse(raw[:,-1:])
     try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), *more(told))
@@ -409,36 +391,17 @@ def _try_conditions(self:SCLD, seed, n=100):
     cells,rng = self.training,np.random.default_rng(seed)
     places = places_of(self.columns, cells.codes)
     for i,c in enumerate(self.columns[1:], 1):
-        of = [np.flatnonzero(cells.named&(places[:,i]==k)) for k in range(len(c))]
-        rows = [rng.permutation(k)[:max(2000//len(c), 20)] for k in of]
-        X,level = cells.X[np.concatenate(rows)],np.repeat(np.arange(len(c)), list(map(len, rows)))
-        asked = np.full((n*len(c),len(self.columns)), np.nan)
-        asked[:,i] = c.at(np.repeat(np.arange(len(c)), n))
+        L,every = len(c),np.arange(len(c))
+        of = [np.flatnonzero(cells.named&(places[:,i]==k)) for k in every]
+        rows = [rng.permutation(k)[:max(2000//L, 20)] for k in of]
+        X,level = cells.X[np.concatenate(rows)],every.repeat([len(r) for r in rows])
+        asked = np.full((n*L,len(self.columns)), np.nan)
+        asked[:,i] = c.at(every.repeat(n))
         code = codes_of(asked, self.columns, self.seen, seed)
         synth = join(Blocks(code, (seed,4)).each(self._maker()))[0]
-        like = fit_labeller(X, level, len(c)).log_odds(synth).argmax(1)
-        parts,every,right = split(level, [1/3]*3, seed),np.arange(len(level)),np.zeros(len(level))
-        for part in parts:
-            rest = np.setdiff1d(every, part)
-            right[part] = fit_labeller(X[rest], level[rest], len(c)).log_odds(X[part]).argmax(1)==level[part]
-        seen = np.concatenate(parts)
-        real = np.bincount(level[seen], right[seen], len(c))/np.maximum(np.bincount(level[seen], minlength=len(c)), 1)
-        c.heard = [float(real[np.unique(level[seen])].mean()),float((like==c.place(code[:,i])).mean())]
-
-@patch
-def _refuse_unheard(self:SCLD, asked, floor):
-    "Refuse cells by a condition that the model does not hear, or warn where it hears it badly"
-    for i in np.flatnonzero(asked[1:])+1:
-        c = self.columns[i]
-        if c.heard is None or not self._apart(i): continue
-        (real,synth),chance = c.heard,1/len(c)
-        got = (synth-chance+0.5/(100*len(c))**0.5)/max(real-chance, 1e-9)
-        said = (f"by expression a classifier is right on {c.name!r} for {synth:.0%} of synthetic cells and {real:.0%} of "
-                f"real ones ({chance:.0%} by guessing)")
-        todo = "train longer or on more cells, or take any with floor=0"
-        if real-chance<0.05 or got>=0.8: continue
-        if got<floor: raise RuntimeError(f"synthetic cells are not what was asked for; {said}; {todo}")
-        warnings.warn(f"synthetic cells are less like what was asked for than real cells are; {said}", stacklevel=4)
+        like = fit_labeller(X, level, L).log_odds(synth).argmax(1)
+        real = pd.Series(recognised_unseen(X, level, L, 3, seed)).groupby(level).mean().mean()
+        c.heard = [float(real),float((like==c.place(code[:,i])).mean())]
 
 # %% ../nbs/05a_model.ipynb #009c4ee4
 @patch
@@ -509,43 +472,23 @@ def _refuse_unready(self:SCLD, keep=1.):
     why = "training was stopped before the scorer or it was saved without"
     raise RuntimeError(f"this model has no scorer, since {why}: keep must be 1")
 
-# %% ../nbs/05a_model.ipynb #62d911ed
-@patch
-def _read_request(self:SCLD, n):
-    "A checked request, codes of a table's cells, and what is written down of it"
-    few = self.settings['min_label'] if self.unnamed else 0
-    by_column = isinstance(n, pd.Series) and (n.index.nlevels>1 or n.index.name in self.conditions)
-    if by_column: n = n[n>0].rename('n').reset_index()
-    if not isinstance(n, pd.DataFrame):
-        if hasattr(n, 'items'): self._refuse_level(n)
-        request = read_request(n, self.categories, self.small, few)
-        return request,json.dumps(request)
-    request = read_design(n, self.columns, self.small, few)
-    kinds,kind = distinct(request)
-    words = {c.name: c.column(v).astype(object) for c,v in zip(self.columns, kinds.T)}
-    table = pd.DataFrame(dict(words, n=np.bincount(kind)))
-    return request,table.to_json(orient='records') if len(table)<=1000 else f'a table of {len(request):,} cells'
-
-@patch
-def _refuse_level(self:SCLD, names):
-    "`KeyError` where what is asked for by name is not a label but of another column"
-    for k,_ in names.items():
-        for c in self.columns[1:]:
-            if k in self.categories or k not in (c.name,*c.levels): continue
-            table = f"pandas.DataFrame({{{c.name!r}: [{(c.levels[0] if k==c.name else k)!r}], 'n': [500]}})"
-            raise KeyError(f"{k!r} is no label but of the column {c.name!r}; ask with a table: {table}")
-
 # %% ../nbs/05a_model.ipynb #83026b92
 @patch
+def _read_request(self:SCLD, n):
+    "A checked request, and the same as text (`04a_requests`)"
+    return read_any(n, self.columns, self.small, self.settings['min_label'] if self.unnamed else 0)
+
+@patch
 def _say_of_labels(self:SCLD, request, floor=0.):
-    "Warn of labels that are alike where some are asked for, or too small to be named where all are"
+    "Refuse or warn: of levels that are alike, or not heard, where some are asked for; of unnamed ones where all are"
     share = self.unnamed/(self.unnamed+self.label_table['n'].sum())
     asked = ~np.isnan(request).all(0) if isinstance(request, np.ndarray) else [isinstance(request, dict)]
     for i in np.flatnonzero(asked):
-        what = f"levels of {self.columns[i].name!r}" if i else 'labels'
+        c = self.columns[i]
+        what = f"levels of {c.name!r}" if i else 'labels'
         alike = f"cells of all {what} are alike in this model: held-out cells did not confirm that they differ"
         if not self._apart(i): warnings.warn(alike, stacklevel=3)
-    self._refuse_unheard(asked, floor)
+        elif i and c.heard: check_heard(c.name, *c.heard, len(c), floor)
     if share and not asked[0]: warnings.warn(under_other_names(share, self.settings['min_label']), stacklevel=3)
 
 # %% ../nbs/05a_model.ipynb #5ed42cee
@@ -598,28 +541,13 @@ def _read_effect(self:SCLD, effect, guidance):
     "Rows of planted fold changes; none if `effect` is None"
     if effect is None: return []
     if guidance==-1: raise ValueError("effect changes labels, and guidance=-1 ignores them; leave one of the two out")
-    def name(k): return k if isinstance(k, str) else f'{k:g}'   # 6 is the level '6'
-    if isinstance(effect, dict): effect = {name(k): v for k,v in effect.items()}
-    return read_effect(effect, self._levels(), self.genes).to_numpy().tolist()
-
-@patch
-def _levels(self:SCLD)->list: # A label has its own name; a name that is in two columns is that of the first
-    "Names of all levels in their order"
-    named = [[k if isinstance(k, str) else f'{k:g}' for k in c.levels] for c in self.columns]
-    names = sum(named, [])+[' | '.join(of[i] for of,i in zip(named, p)) for p in self.columns.joint]
-    return [k if names.index(k)==i else f'{k} ({i})' for i,k in enumerate(names)]
+    return read_effect(effect, self.columns.level_names, self.genes).to_numpy().tolist()
 
 @patch
 def _factor(self:SCLD, how):
-    "Function of what cells are told to the factor of planted changes and of a depth above 1; None where there is none"
-    rows,deeper = json.loads(how['effect']),max(how['depth'], 1.)
-    if not rows: return (lambda told: torch.full((len(told),1), deeper, device=self.device)) if deeper>1 else None
-    log2 = factors(planted(rows), self._levels(), self.genes).to(self.device)
-    return lambda told: deeper*2**pick(log2, told)
-
-def _thinned(blocks, depth, key, start):
-    "Blocks of cells with fewer molecules, from random numbers of their own"
-    for i,(X,*rest) in enumerate(blocks, start): yield thin(X, depth, np.random.default_rng([*key,i])),*rest
+    "The factor on what is expected, of what is written down of a request"
+    truth = planted(json.loads(how['effect']))
+    return factor_of(truth, how['depth'], self.columns.level_names, self.genes, self.device)
 
 # %% ../nbs/05a_model.ipynb #cb2569db
 @patch
@@ -655,7 +583,7 @@ def sample(self:SCLD,
     least = floor if by_name else 0.
     sorts = self.scored and self._apart()
     cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, sorts)
-    if depth<1: cells = _thinned(cells, how['depth'], (seed,3), blocks.mine.start)
+    if depth<1: cells = thinned(cells, how['depth'], (seed,3), blocks.mine.start)
     how['part'] = '{}/{}'.format(*part)
     if out is None: return self._anndata(how, blocks.start, *join(cells))
     shape = len(blocks),len(self.genes),len(self.net.scale.mean)
@@ -677,7 +605,7 @@ def interpolate(self:SCLD,
     steps:int=10, # Network evaluations a cell
     seed:int=0, # Same seed, same cells
 )->AnnData: # Counts in `X` (CSR); place between the labels, from 0 to 1, in `obs["scld_weight"]`
-    "Cells on the way from one label to another, equation (M2)"
+    "Cells on the way from one label to another, equation (M3)"
     how = in_ranges(sampling, n=n, guidance=guidance, steps=steps, seed=seed)
     self._refuse_unready()
     for k in (a,b): self._read_request({k: 1})
@@ -736,17 +664,11 @@ def load(cls:SCLD,
     self.history = pd.DataFrame()
     return self
 
-# %% ../nbs/05a_model.ipynb #2ae41693
+# %% ../nbs/05a_model.ipynb #96e1cbbd
 @patch
 def _known_labels(self:SCLD, cells, labels):
-    "Numbers of the labels of real cells; `ValueError` for labels that the model does not know"
-    label = pd.Categorical(read_labels(cells, labels, few=0), self.categories).codes
-    if (label>=0).all(): return label
-    first,known = str(cells.obs[labels][label<0].iloc[0]),', '.join(self.categories[:5])
-    unknown = f"{(label<0).sum():,} cells have labels that the model does not know, the first {first!r}"
-    raise ValueError(f"{unknown}; it knows {known}{', …'*(len(self.categories)>5)}")
+    return known_codes(self.columns[0], read_labels(cells, labels, few=0), refuse=True)
 
-# %% ../nbs/05a_model.ipynb #96e1cbbd
 @patch
 @torch.no_grad()
 def score(self:SCLD,
@@ -758,22 +680,10 @@ def score(self:SCLD,
     "How real cells look to the scorer; training cells, which it was trained on, look realer than others"
     if not self.scored: raise RuntimeError("this model has no trained scorer; call model.train() first")
     cells = read_counts(adata, layer)
-    label = None if labels is None else self._known_labels(cells, labels)
+    label = None if labels is None else self._known_labels(cells, labels).astype(int)
     with steady(): return self._scores(in_order(cells, self.genes, missing), label)
 
 # %% ../nbs/05a_model.ipynb #1acfdc76
-@patch
-def _known_levels(self:SCLD, cells, column):
-    "Codes of real cells in a column; a warning for levels that the model does not know"
-    values = cells.obs[column.name]
-    code = column.code(values)
-    lost = np.flatnonzero(np.isnan(code) & values.notna().to_numpy())
-    if len(lost):
-        first = f"the first {values.iloc[lost[0]]!r}"
-        said = f"{len(lost):,} cells are of levels that the model does not know, {first}; they leave it open"
-        warnings.warn(f"obs[{column.name!r}]: {said}", stacklevel=3)
-    return code
-
 @patch
 @torch.no_grad()
 def encode(self:SCLD,
@@ -788,7 +698,7 @@ def encode(self:SCLD,
     code = np.full((cells.n_obs,len(self.columns)), np.nan)
     if labels is not None: code[:,0] = self._known_labels(cells, labels)
     for i,c in enumerate(self.columns[1:], 1):
-        if labels is not None and c.name in cells.obs: code[:,i] = self._known_levels(cells, c)
+        if labels is not None and c.name in cells.obs: code[:,i] = known_codes(c, cells.obs[c.name])
     X,out = in_order(cells, self.genes, missing),[]
     with steady():
         for i in range(0, len(code), 1024):

@@ -7,12 +7,14 @@ __all__ = ['conditions', 'cluster_means', 'Embed', 'contrast', 'level_means', 'b
            'even_weights', 'draw_evenly']
 
 # %% ../nbs/04_pre_guidance.ipynb #dea8f80d
+from math import prod
 import numpy as np, torch
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .diffusion import NoiseSchedule,draw_rows
 from .autoencoder import pick
+from .columns import common_effects
 from .unet import UNet,choose
 
 # %% ../nbs/04_pre_guidance.ipynb #0be0cae5
@@ -112,6 +114,8 @@ class Denoiser(nn.Module):
         self.register_buffer('means', means)
         self.register_buffer('apart', torch.ones(len(sizes) if sizes else (), dtype=torch.bool))
         self.register_buffer('heard', by_column(self.condition, means, self.sizes), persistent=False)
+        offset = torch.zeros(len(means), prod(unet.shape)) if sizes else None
+        self.register_buffer('offset', offset) # How far each level moves latents
         self.register_load_state_dict_post_hook(_hear)
     def hear(self, apart):
         "Let levels have conditions of their own, or all of a column the global one where `apart` is false"
@@ -121,6 +125,23 @@ class Denoiser(nn.Module):
         own[:-1][alike] = own[-1]
         self.heard = own
     def forward(self, zt, t, label): return self.unet(zt, t, pick(self.embed(self.heard), label))
+
+# %% ../nbs/04_pre_guidance.ipynb #efde5001
+@patch
+def learn_offset(self:Denoiser,
+    z:torch.Tensor, # Latents of the training cells, shape (n, n_latent)
+    told:torch.Tensor, # Weights of all levels, shape (n, n_levels+1)
+    label:np.ndarray, # Number of each cell's label, K for none, shape (n,)
+)->torch.Tensor: # Latents without the offsets of their cells, shape (n, n_latent)
+    "Learn how far levels of the later columns move latents, equation (V2), and take it off"
+    self.offset.zero_()
+    ends = np.cumsum([0,*self.sizes])
+    own = [i for i in range(1, len(self.sizes)-self.joint) if self.apart[i]]
+    weight = told.cpu().numpy()*(label<self.sizes[0])[:,None]
+    parts = [slice(ends[i], ends[i+1]) for i in own]
+    found = common_effects(z.cpu().numpy().astype(float), [weight[:,p] for p in parts], label) if own else []
+    for p,f in zip(parts, found): self.offset[p] = torch.from_numpy(f).to(z)
+    return z-pick(self.offset, told)
 
 # %% ../nbs/04_pre_guidance.ipynb #2b5ebf85
 def global_slot(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tents', 'as_text', 'Names', 'Numbers', 'read_column', 'Columns', 'places_of', 'combinations', 'common_effect',
-           'common_effects', 'stand_ins', 'column_from']
+           'common_effects', 'column_from']
 
 # %% ../nbs/00g_columns.ipynb #fe3bd8f0
 import warnings
@@ -38,10 +38,7 @@ class Names:
         levels:list, # Its names, text
         colors=(), # A colour for each name, where there are any
         heard=None, # Shares of real and of synthetic cells whose level is recognised, once a model was trained
-        near=(), # For each level, numbers of others by which it is foretold, from `stand_ins`
-    ):
-        self.name,self.levels,self.colors = name,list(levels),list(colors)
-        self.heard,self.near = heard,[list(row) for row in near]
+    ): self.name,self.levels,self.colors,self.heard = name,list(levels),list(colors),heard
     def __len__(self): return len(self.levels)
     def code(self, values):
         number = pd.Categorical(as_text(values), self.levels).codes
@@ -173,11 +170,10 @@ class Columns(list):
         return [slice(int(a), int(b)) for a,b in zip(ends, ends[1:])]
     def weights(self,
         code:np.ndarray, # Codes of cells, a column each, shape (n, n_columns)
-        whole:np.ndarray|None=None, # Codes by which they are told their combination, shape of `code`; `code` if absent
     )->torch.Tensor: # Share of each level and, last, number of columns left open, shape (n, n_levels+1), float32
         "What cells are told"
         each = [c.weights(v) for c,v in zip(self, np.asarray(code).T)]
-        if self.joint: each.append(self.together(code if whole is None else whole))
+        if self.joint: each.append(self.together(code))
         each = np.concatenate(each, axis=1)
         return torch.from_numpy(np.column_stack([each, len(self.sizes)-each.sum(1)])).float()
 
@@ -269,27 +265,6 @@ def common_effects(
         found = [f+(g-f)/len(weights) for f,g in zip(found, new)]
     return found
 
-# %% ../nbs/00g_columns.ipynb #a2e7aa0e
-def stand_ins(
-    x:np.ndarray, # Numbers of cells, moved back by what their levels do to all types, shape (n, n_numbers)
-    label:np.ndarray, # Type of each cell, whole numbers from 0, shape (n,)
-    level:np.ndarray, # Level of each cell, -1 for none, shape (n,)
-    n_levels:int, # Number of levels
-    fewest:int=20, # Types of which a level has fewer cells have no say
-)->list: # For each level, numbers of others, the best first; -1 for leaving it open
-    "By which other level each level is foretold best, equation (V3)"
-    groups = {k: [x[(label==k)&(level==l)] for l in range(n_levels)] for k in np.unique(label)}
-    def off(a, *others): # Squared distance of two means, less their errors
-        n = np.array([len(b) for b in others])
-        error = len(a)**-1*a.var(0).sum()+sum(m*b.var(0).sum() for m,b in zip(n, others))/n.sum()**2
-        return ((a.mean(0)-sum(b.sum(0) for b in others)/n.sum())**2).sum()-error
-    def of(l, m): # Errors in each type that has both
-        for own in groups.values():
-            others = [own[m]] if m>=0 else [b for i,b in enumerate(own) if i!=l and len(b)]
-            if min(len(own[l]), sum(map(len, others)))>=fewest: yield off(own[l], *others)
-    every = [{m: round(float(np.mean(e)), 9) for m in range(-1, n_levels) if m!=l and (e := list(of(l, m)))} for l in range(n_levels)]
-    return [sorted(e, key=e.get) for e in every]
-
 # %% ../nbs/00g_columns.ipynb #2d132f93
 def column_from(
     facts:dict, # `vars` of a column
@@ -301,8 +276,7 @@ def column_from(
     text = kind is Numbers or (all(isinstance(v, str) for v in levels) and len(set(levels))==len(levels))
     heard = facts.get('heard')
     shares = heard is None or (len(heard)==2 and all(0<=v<=1 for v in heard))
-    near = all(-1<=m<len(levels) for row in facts.get('near', ()) for m in row)
     grid = kind is Names or facts['exact'] or (len(facts['grid'])>1 and (np.diff(facts['grid'])>=0).all())
-    if len(levels)<2 or not (rising and text and shares and grid and near):
+    if len(levels)<2 or not (rising and text and shares and grid):
         raise ValueError(f"{facts.get('name')!r} has no levels that a column can have")
     return kind(**facts)

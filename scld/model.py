@@ -19,7 +19,7 @@ from scipy import sparse
 from torch import nn
 from . import __version__
 from .autoencoder import Autoencoder,pick
-from .columns import Columns,Names,column_from,places_of,stand_ins
+from .columns import Columns,Names,column_from,places_of
 from .cells import TrainingCells,in_order,too_small,under_other_names
 from .diffusion import NoiseSchedule,dpm_step,linear_betas,snr_timesteps,sample as run_sampler
 from .dist import fit,processes,wait
@@ -232,21 +232,11 @@ def _fit_labeller(self:SCLD, seed):
 
 # %% ../nbs/05a_model.ipynb #cafe383c
 @patch
-def _find_stand_ins(self:SCLD, z):
-    "Which levels stand in for others where a combination was never seen, (V3)"
-    cells = self.training
-    x = (z/z.std(0)).cpu().numpy().astype(float)[cells.named]
-    places = places_of(self.columns, cells.codes)[cells.named]
-    for i,c in enumerate(self.columns[1:], 1):
-        if hasattr(c, 'near'): c.near = stand_ins(x, cells.code[cells.named], places[:,i], len(c))
-
-@patch
 def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
     cells,(z,sd) = self.training,self._latents()
     if self.conditions:
         z = self.net.denoiser.learn_offset(z, cells.told(np.arange(len(z))).to(self.device), cells.code)
-        self._find_stand_ins(z)
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
     net,s = self.net,self.settings
@@ -333,9 +323,9 @@ def _more(self:SCLD, guidance, times=None):
     return of
 
 @patch
-def _told(self:SCLD, code, whole=None):
+def _told(self:SCLD, code):
     "What a network hears of codes, shape (n, n_columns): number of the label, or weights of several columns"
-    return self.columns.weights(code, whole) if len(self.columns)>1 else torch.from_numpy(self._label(code))
+    return self.columns.weights(code) if len(self.columns)>1 else torch.from_numpy(self._label(code))
 
 @patch
 def _label(self:SCLD, code):
@@ -358,8 +348,7 @@ def _block(self:SCLD,
     "Draw candidates, score them, keep the best"
     kinds,kind = distinct(code)
     cond = candidates(kind, keep)
-    whole = witnessed(kinds, self.columns, self.seen)   # what stands in where a combination was never seen
-    told,heard = (self._told(k[cond], whole[cond]).numpy() for k in (kinds,whole))
+    told,heard = (self._told(k[cond]).numpy() for k in (kinds,witnessed(kinds, self.columns, self.seen)))
     X,z = self._draw(self.net.denoiser.guided(guidance), self._more(guidance, factor), times, heard, rng, told)
     label = self._label(kinds[cond])
     score = self._scores(X, label if guidance>=0 else None)
@@ -430,9 +419,7 @@ def _start_anew(self:SCLD, seed, device):
     with seeded(seed): self._build(self.net.denoiser.means.cpu())
     self.net.to(device)
     if self.start: self._adopt(device)
-    for c in self.columns[1:]:
-        c.heard = None
-        if hasattr(c, 'near'): c.near = []
+    for c in self.columns[1:]: c.heard = None
     self.history = pd.DataFrame()
     self.trained = self.scored = False
 

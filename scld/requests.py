@@ -251,16 +251,13 @@ def witnessed(
     code:np.ndarray, # Codes of cells, shape (n, n_columns)
     columns:Columns, # Columns of the model
     seen:list, # Combinations of the training cells
-)->np.ndarray: # The same with other levels in the last columns, or none, where the whole was not seen, shape of `code`
-    "What stands in for combinations that no training cell had"
+)->np.ndarray: # The same with the last columns left open where the whole was not seen, shape of `code`
+    "As much of each combination as some training cell had"
     out = code.copy()
     for upto in range(len(columns)-1, 0, -1):
-        c,known = columns[upto],{tuple(row[:upto+1]) for row in seen}
-        for i,place in enumerate(places_of(columns, out)[:,:upto+1].tolist()):
-            if place[-1]<0 or tuple(place) in known: continue
-            near = c.near[place[-1]] if getattr(c, 'near', ()) else []
-            there = (m for m in near if m<0 or (*place[:-1],m) in known)
-            out[i,upto] = c.at(np.array([next(there, -1)]))[0]
+        known = {tuple(row[:upto+1]) for row in seen}
+        new = np.array([tuple(p) not in known for p in places_of(columns, out)[:,:upto+1].tolist()], bool)
+        out[new & ~np.isnan(out[:,upto]),upto] = np.nan
     return out
 
 def without_witness(

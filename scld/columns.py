@@ -218,16 +218,24 @@ def together(self:Columns,
     for c,v,p in zip(self, np.asarray(code).T, places.T): own[~(c.at(p)==v)] = -1   # between two knots, or open
     return (own[:,None]==np.arange(len(self.joint))).astype(float)
 
+# %% ../nbs/00g_columns.ipynb #307f9fc4
+def _middle(
+    d:np.ndarray, # Values, shape (n_types, n_numbers)
+    w:np.ndarray, # Their weights, shape of `d`
+)->np.ndarray: # Shape (n_numbers,)
+    "Weighted median of each number, halfway between the middle two where there is none"
+    order = d.argsort(0)
+    d,w = (np.take_along_axis(v, order, 0) for v in (d,w))
+    upto = (w.cumsum(0)-w/2)/w.sum(0)
+    return np.array([np.interp(0.5, *pair) for pair in zip(upto.T, d.T)])
+
 # %% ../nbs/00g_columns.ipynb #9e589f87
-def _mean_effect(d, e2):
-    "Mean of effects with squared errors, both of shape (n_types, n_numbers), as far as it can be believed"
-    w = 1/e2
-    fixed = (w*d).sum(0)/w.sum(0)
-    beyond = (w*(d-fixed)**2).sum(0)-(len(d)-1)
-    tau2 = np.maximum(beyond/np.maximum(w.sum(0)-(w**2).sum(0)/w.sum(0), 1e-12), 0) if len(d)>1 else 0.
-    w = 1/(e2+tau2)
-    mean,V = (w*d).sum(0)/w.sum(0),1/w.sum(0)
-    return mean*np.maximum(1-V/np.maximum(mean**2, 1e-12), 0)
+def _common(d, e2):
+    "The middle of effects with squared errors, both of shape (n_types, n_numbers), as far as it can be believed"
+    off = abs(d-_middle(d, 1/e2))
+    w = 1/(e2+np.maximum((1.4826*np.median(off, axis=0))**2-np.median(e2, axis=0), 0))
+    mu,V = _middle(d, w),(np.pi/2 if len(d)>2 else 1)/w.sum(0)
+    return mu*np.maximum(1-V/np.maximum(mu**2, 1e-12), 0)
 
 def common_effect(
     x:np.ndarray, # Numbers of cells, shape (n, n_numbers)
@@ -245,7 +253,7 @@ def common_effect(
         n = np.array([w[rows[k]].sum() for k in has])
         d = np.stack([w[rows[k]]@(x[rows[k]]-middle[k]) for k in has])/n[:,None]
         share = 1-n/np.array([len(rows[k]) for k in has])   # the level is a part of what it is compared with
-        out[l] = _mean_effect(d, np.stack([spread[k] for k in has])*(share/n)[:,None]+1e-9)
+        out[l] = _common(d, np.stack([spread[k] for k in has])*(share/n)[:,None]+1e-9)
     return out
 
 # %% ../nbs/00g_columns.ipynb #900a546e

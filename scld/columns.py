@@ -237,6 +237,7 @@ def _common(d, e2):
     mu,V = _middle(d, w),(np.pi/2 if len(d)>2 else 1)/w.sum(0)
     return mu*np.maximum(1-V/np.maximum(mu**2, 1e-12), 0)
 
+# %% ../nbs/00g_columns.ipynb #84e15f09
 def common_effect(
     x:np.ndarray, # Numbers of cells, shape (n, n_numbers)
     weight:np.ndarray, # Weight of each level of a column in each cell, shape (n, n_levels)

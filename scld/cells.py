@@ -18,8 +18,9 @@ from .data import lognorm,row_blocks
 from .files import read_counts
 from .labels import cluster,library_model,read_labels,split
 from .pre_guidance import cluster_means,level_means
+from .requests import distinct
 from .saved import check_names,read_keys,writable
-from .stream import CountStream
+from .stream import CountStream,counts_on
 from .training import seeded
 
 # %% ../nbs/04d_cells.ipynb #aabff851
@@ -115,6 +116,7 @@ class TrainingCells:
         self.codes = np.where(self.named, self.code, np.nan)[:,None]
         for k in keys: self._add_column(data, k, min_label)
         self.seen = self._combinations(min_label)
+        self._on,self._told = None,{}   # counts and kinds of cells where a network is
         self.columns.join(self.seen, min_label)
         self._add_up(data)
     def __len__(self): return len(self.code)
@@ -187,7 +189,21 @@ def counts(self:TrainingCells,
     device='cpu', # Where the tensor is to be
 )->torch.Tensor: # Counts, shape (n, n_genes), float32
     "Cells as a dense tensor"
-    return torch.from_numpy(self.X[np.asarray(rows)].toarray()).to(device)
+    return self.on(device)[rows]
+
+@patch
+def on(self:TrainingCells,
+    device, # Where a network is
+): # What `counts_on` returns; made anew where the device is another one
+    "Counts where a network is"
+    device = torch.device(device)
+    if self._on is None or self._on[0]!=device: self._on = device,counts_on(self.X, device)
+    return self._on[1]
+
+@patch
+def leave(self:TrainingCells):
+    "Free what was put on a device"
+    self._on,self._told = None,{}
 
 # %% ../nbs/04d_cells.ipynb #1e628c86
 @patch
@@ -196,16 +212,26 @@ def labelled(self:TrainingCells,
     device='cpu', # Where the tensors are to be
 )->tuple: # Counts, shape (n, n_genes), and number of each label, K for none, shape (n,)
     "Cells as a dense tensor, with what they are told"
-    rows = np.asarray(rows)
-    return self.counts(rows, device),self.told(rows).to(device)
+    return self.counts(rows, device),self.told(rows, device)
+
+@patch
+def _kinds(self:TrainingCells, device):
+    "Weights of all kinds of cells, None for labels alone, and the number of each cell's kind, on a device"
+    if device not in self._told:
+        several = len(self.columns)>1
+        kinds,kind = distinct(self.codes) if several else (None,self.code)
+        table = self.columns.weights(kinds).to(device) if several else None
+        self._told[device] = table,torch.from_numpy(kind).to(device)
+    return self._told[device]
 
 @patch
 def told(self:TrainingCells,
     rows, # Row numbers, shape (n,)
+    device='cpu', # Where the tensor is to be
 )->torch.Tensor: # Number of each label, K for none, shape (n,); of several columns weights, shape (n, n_levels+1)
     "What a network hears of cells beside their counts"
-    if len(self.columns)==1: return torch.from_numpy(self.code[rows])
-    return self.columns.weights(self.codes[rows])
+    table,kind = self._kinds(torch.device(device))
+    return kind[rows] if table is None else table[kind[rows]]
 
 # %% ../nbs/04d_cells.ipynb #a0be95c1
 @patch
@@ -237,13 +263,14 @@ def held_loss(self:TrainingCells,
 @patch
 def batches(self:TrainingCells,
     held:np.ndarray, # Row numbers of cells that are in no batch
+    device='cpu', # Where row numbers are to be
 )->tuple: # What `fit` draws batches from, and a function from a batch to row numbers
     "Batches of the cells that are not held out"
     free = np.ones(len(self), bool)
     free[held] = False
-    rows = np.flatnonzero(free)
     if self.on_disk: return SimpleNamespace(batches=partial(self.X.batches, among=free)),lambda i: i
-    return len(rows),lambda i: rows[np.asarray(i)]
+    rows = torch.from_numpy(np.flatnonzero(free)).to(device)
+    return len(rows),lambda i: rows[i]
 
 # %% ../nbs/04d_cells.ipynb #8ea5394d
 @patch

@@ -8,6 +8,7 @@ __all__ = ['NoiseSchedule', 'linear_betas', 'cosine_betas', 'gaussian_kl', 'draw
 
 # %% ../nbs/03_diffusion.ipynb #20bf1d41
 import math,torch
+from copy import copy
 from fastcore.basics import patch
 from torch.distributions import Normal
 
@@ -27,6 +28,17 @@ class NoiseSchedule:
         self.alphas_cumprod = self.alphas.cumprod(0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1).double(), self.alphas_cumprod[:-1]])
     def __len__(self): return len(self.betas)
+
+# %% ../nbs/03_diffusion.ipynb #ccec3678
+@patch
+def to(self:NoiseSchedule,
+    device, # Where its numbers are to be
+)->NoiseSchedule: # Another schedule, the same otherwise
+    "The schedule on a device"
+    there = copy(self)
+    for k,v in vars(self).items():
+        if torch.is_tensor(v): setattr(there, k, v.to(device))
+    return there
 
 # %% ../nbs/03_diffusion.ipynb #e2c7d875
 def linear_betas(
@@ -50,7 +62,7 @@ def cosine_betas(
 # %% ../nbs/03_diffusion.ipynb #2b92cdca
 def _at(coef, t, z):
     "`coef[t]`, cast like `z` and shaped to broadcast over it"
-    return coef[t.cpu()].to(z).reshape(-1, *[1]*(z.ndim-1))
+    return coef.to(t.device)[t].to(z).reshape(-1, *[1]*(z.ndim-1))
 
 # %% ../nbs/03_diffusion.ipynb #1c9d763f
 @patch

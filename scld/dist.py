@@ -81,6 +81,6 @@ def fit(
     rank,n_processes = processes()
     if n_processes>1:
         loss,progress = shared(loss, rank, n_processes),progress and rank==0
-        kwargs['before_step'] = add_gradients
+        kwargs |= dict(before_step=add_gradients, phase=None)   # sums over processes are not recorded
         if checkpoint and rank: checkpoint = _ReadOnly(checkpoint.path, checkpoint.run, checkpoint.every)
     return training.fit(model, loss, n, steps, progress=progress, checkpoint=checkpoint, **kwargs)

@@ -9,7 +9,7 @@ __all__ = ['Jackpots']
 import numpy as np, scipy.stats, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .autoencoder import NegativeBinomial,as_numbers,likelihoods,nb_parts,row_sums
+from .autoencoder import NegativeBinomial,as_numbers,at_places,likelihoods,nb_parts,row_sums
 
 # %% ../nbs/01c_jackpots.ipynb #be7ebd7a
 class Jackpots(NegativeBinomial):
@@ -37,12 +37,12 @@ likelihoods['jackpots'] = Jackpots
 def draw(self:Jackpots,
     h:torch.Tensor, # Decoder output, shape (n, 2·n_genes)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
-    rng:np.random.Generator, # Source of randomness
+    rng, # Source of randomness: a NumPy generator, or `DeviceRandom`
     times:torch.Tensor|float=1., # Factor on what is expected, broadcasts with shape (n, n_genes)
-)->np.ndarray: # Whole numbers, shape (n, n_genes), int64
+)->np.ndarray|torch.Tensor: # Whole numbers, shape (n, n_genes), of the kind that `rng` makes
     "Counts around the mean of `h`, equation (A19)"
-    hits = rng.poisson(as_numbers(self.often*self.body*self.mean(h, library)*times))
-    return hits+rng.poisson(self.rate(h, library, rng)*as_numbers(times)+rng.gamma(hits, self.size.item()-1))
+    hits = rng.poisson(as_numbers(self.often*self.body*self.mean(h, library)*times, rng))
+    return hits+rng.poisson(self.rate(h, library, rng)*as_numbers(times, rng)+rng.gamma(hits, self.size.item()-1))
 
 # %% ../nbs/01c_jackpots.ipynb #207bd969
 @patch
@@ -68,7 +68,7 @@ def nll(self:Jackpots,
     library = counts.sum(1, keepdim=True).clamp(min=1)
     log_mean = self.log_mean(h, library)
     none,more,i,row = nb_parts(log_mean, self.log_dispersion(h, library), counts)
-    odds = self.log_odds(counts.take(i), log_mean.take(i), more-none.take(i))
+    odds = self.log_odds(at_places(counts, i), at_places(log_mean, i), more-at_places(none, i))
     return none.sum(1)+self.often*self.body*library[:,0]-row_sums(more+F.softplus(odds), row, len(h))
 
 # %% ../nbs/01c_jackpots.ipynb #b9d6f86d
@@ -81,10 +81,12 @@ def sides(self:Jackpots,
     library = counts.sum(1, keepdim=True).clamp(min=1)
     log_mean = self.log_mean(h, library)
     none,more,i,_ = nb_parts(log_mean, self.log_dispersion(h, library), counts)
-    x,mean = counts.take(i),log_mean.exp()
-    jackpot = self.log_odds(x, log_mean.take(i), more-none.take(i)).sigmoid()
-    def matrix(v): return torch.zeros_like(counts).flatten().scatter(0, i, v).view_as(counts)
-    return torch.stack([counts,matrix(jackpot*(x-mean.take(i))),matrix(jackpot),mean])
+    x,mean = at_places(counts, i),log_mean.exp()
+    jackpot = self.log_odds(x, at_places(log_mean, i), more-at_places(none, i)).sigmoid()
+    def matrix(v):
+        every = v if i is None else torch.zeros_like(counts).flatten().scatter(0, i, v)
+        return every.view_as(counts)
+    return torch.stack([counts,matrix(jackpot*(x-at_places(mean, i))),matrix(jackpot),mean])
 
 @patch
 @torch.no_grad()

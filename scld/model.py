@@ -28,7 +28,7 @@ from .post_guidance import (Labeller,Recognition,Scorer,candidates,check_heard,f
     recognised_real,recognised_unseen)
 from .labels import read_labels
 from .pre_guidance import Denoiser,draw_evenly,even_weights
-from .requests import (Blocks,PerRow,codes_of,distinct,draw_seen,in_parts,join,known_codes,read_any,
+from .requests import (Blocks,as_csr,codes_of,distinct,draw_seen,in_parts,join,known_codes,random_for,read_any,
     unseen,witnessed,without_witness)
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
@@ -36,7 +36,7 @@ from .settings import defaults,in_range,in_ranges,pick_device,read_settings,samp
 from .start import settings_from,start_from
 from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
-from .training import seeded,steady
+from .training import always,seeded,steady
 from .truth import factor_of,planted,read_effect,thinned
 from .unet import UNet
 
@@ -181,7 +181,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     ae,cells = self.net.ae,self.training
     after = self.settings['scatter_from']
     held = cells.held(self.settings['validation'], seed)
-    source,rows = cells.batches(held)
+    source,rows = cells.batches(held, self.device)
     named = np.flatnonzero(cells.named)
     share = torch.tensor(cells.totals/cells.totals.sum(), dtype=torch.float32, device=self.device)
     learnt,n = np.setdiff1d(named, held),len(cells)-len(held)
@@ -193,6 +193,7 @@ def _fit_autoencoder(self:SCLD, steps, seed=0, **kw):
     def loss(i): return ae.loss(*cells.labelled(rows(i), self.device))
     if len(held): kw |= dict(validate=cells.held_loss(held, seed, self.device), every=50)
     kw |= dict(at=partial(ae.at, after=after), looks_from=after+0.1 if after else 0.)
+    kw |= dict(phase=ae.phase if torch.is_tensor(cells.on(self.device)) else None)
     try: losses = fit(ae, loss, source, steps, lr=4*self.settings['lr'], seed=seed, desc='autoencoder', **kw)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{e}, before the model can make cells") from None
     self.history = record(self.history, 'autoencoder', losses)
@@ -240,18 +241,18 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
     self._fit_scale(z, sd)
     self._fit_labeller(seed)
     net,s = self.net,self.settings
-    sched,label = self.sched,torch.from_numpy(cells.code).to(self.device)
-    several = len(self.columns)>1
+    sched,label = self.sched.to(self.device),torch.from_numpy(cells.code).to(self.device)
     even = s['rows']=='even' and len(self.categories)>0
     upto = even_weights(label, len(self.categories)).cumsum(0)
     def loss(i):
-        i = draw_evenly(i.to(self.device), upto, s['share']) if even else i
+        i = i.to(self.device)
+        if even: i = draw_evenly(i, upto, s['share'])
         t = sched.draw_steps(len(i), spread=2., device=self.device) if s['times']=='snr' else None
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
-        told = cells.told(i.cpu().numpy()).to(self.device) if several else label[i]
-        return net.denoiser.loss(sched, net.scale(noisy), told, s['share'], t)
+        return net.denoiser.loss(sched, net.scale(noisy), cells.told(i, self.device), s['share'], t)
+    kw |= dict(lr=s['lr'], ema=0.05, seed=seed, desc='diffusion', phase=always)
     try:
-        losses = fit(net.denoiser, loss, len(z), steps, lr=s['lr'], ema=0.05, seed=seed, desc='diffusion', **kw)
+        losses = fit(net.denoiser, loss, len(z), steps, **kw)
         self.history = record(self.history, 'diffusion', losses)
     except KeyboardInterrupt:
         net.eval()
@@ -279,10 +280,11 @@ def _denoise_and_draw(self:SCLD,
         raw = raw+pick(self.net.denoiser.offset, told)
         z = self.net.scale(raw)
     library = self.net.depth.inverse(raw[:,-1:])
-    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, PerRow(seeds), *more(told))
+    rng = random_for(seeds, self.device)
+    try: counts = draw_seen(self.net.ae, raw[:,:-1], library, rng, *more(told))
     except ValueError as e:
         raise RuntimeError(f"this model expects counts that cannot be drawn ({e}); its weights are damaged") from e
-    return sparse.csr_matrix(counts, dtype=np.float32),z.cpu().numpy()
+    return as_csr(counts),z.cpu().numpy()
 
 # %% ../nbs/05a_model.ipynb #b3f1c607
 @patch
@@ -455,6 +457,7 @@ def train(self:SCLD,
         self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
         self._try_labels(run['seed'])
         self._try_conditions(run['seed'])
+        self.training.leave()
     return self
 
 # %% ../nbs/05a_model.ipynb #ac4df64f

@@ -19,7 +19,8 @@ from .autoencoder import lognorm_tensor
 from .data import lognorm
 from .labels import split
 from .dist import fit
-from .training import seeded
+from .stream import counts_on
+from .training import always,seeded
 
 # %% ../nbs/05_post_guidance.ipynb #ec43cdac
 class Scorer(nn.Sequential):
@@ -62,10 +63,10 @@ def fit_scorer(
     "Train a scorer on training cells against synth ones"
     with seeded(seed): scorer = Scorer(real.shape[1]).to(device)
     counts,n = sparse.vstack([real,synth], format='csr'),real.shape[0]
-    def loss(i):
-        rows = torch.from_numpy(counts[i.numpy()].toarray())
-        return scorer.loss(rows.to(device), (i<n).long().to(device))
-    fit(scorer, loss, counts.shape[0], steps, seed=seed, **kwargs)
+    there = counts_on(counts, torch.device(device))
+    def loss(i): return scorer.loss(there[i], (i<n).long().to(device))
+    phase = always if torch.is_tensor(there) else None
+    fit(scorer, loss, counts.shape[0], steps, seed=seed, phase=phase, **kwargs)
     return scorer
 
 # %% ../nbs/05_post_guidance.ipynb #06a8d936

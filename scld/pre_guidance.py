@@ -156,7 +156,7 @@ def global_slot(
     if not label.is_floating_point(): return torch.where(first, n_labels, label)
     keep = (torch.rand(len(label), len(sizes), device=label.device)>=share) & ~first[:,None]
     if joint: keep[:,-1] &= keep[:,:-1].all(1)
-    kept = label[:,:-1]*keep.repeat_interleave(torch.tensor(sizes, device=label.device), dim=1)
+    kept = label[:,:-1]*torch.cat([keep[:,i:i+1].expand(-1, n) for i,n in enumerate(sizes)], dim=1)
     return torch.cat([kept, len(sizes)-kept.sum(1, keepdim=True)], dim=1)
 
 # %% ../nbs/04_pre_guidance.ipynb #a70f1026

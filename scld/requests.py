@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'BLOCK', 'check_label', 'check_number', 'read_request', 'deal', 'read_design', 'distinct', 'read_any',
            'known_codes', 'fill_in', 'codes_of', 'unseen', 'witnessed', 'without_witness', 'PerRow', 'draw_seen',
-           'part_of', 'Blocks', 'join', 'in_parts']
+           'random_for', 'as_csr', 'part_of', 'Blocks', 'join', 'in_parts']
 
 # %% ../nbs/04a_requests.ipynb #96a91ca2
 import json,sys,warnings
@@ -15,6 +15,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from scipy import sparse
 from tqdm.auto import tqdm
+from .autoencoder import DeviceRandom,as_numbers
 from .columns import Columns,as_text,places_of
 from .labels import closest
 from .training import steady
@@ -297,20 +298,39 @@ def draw_seen(
     ae, # What has `draw(z, library, rng, *more)` and `decode(z, library, *more)`, such as an `Autoencoder`
     z:torch.Tensor, # Latents, shape (n, n_latent)
     library:torch.Tensor, # Library sizes, shape (n, 1), in counts
-    rng:PerRow, # A stream for each cell
+    rng, # A stream for each cell (`PerRow`), or `DeviceRandom`
     *more, # What else `ae` needs of each cell, such as a shift, shape (n, …)
     tries:int=100, # Times to draw again
-)->np.ndarray: # Whole numbers, shape (n, n_genes), none of the rows all 0
+)->np.ndarray|torch.Tensor: # Whole numbers, shape (n, n_genes), none of the rows all 0
     "Counts of cells in which something was seen"
     counts = ae.draw(z, library, rng, *more)
+    def without(): return np.flatnonzero(as_numbers(counts.sum(1))==0)
     for _ in range(tries):
-        empty = np.flatnonzero(counts.sum(1)==0)
+        empty = without()
         if not len(empty): return counts
         counts[empty] = ae.draw(z[empty], library[empty], rng[empty], *(v[empty] for v in more))
-    empty = np.flatnonzero(counts.sum(1)==0)
+    empty = without()
     most = ae.decode(z[empty], library[empty], *(v[empty] for v in more)).argmax(1).cpu().numpy()
     counts[empty,most] = 1
     return counts
+
+# %% ../nbs/04a_requests.ipynb #e6303293
+def random_for(
+    seeds:list, # Seed of each row, of length n
+    device:torch.device, # Where numbers are drawn
+): # `PerRow`, or on a GPU `DeviceRandom`, named by the first seed
+    "Random numbers for the cells of a block"
+    if device.type=='cpu': return PerRow(seeds)
+    return DeviceRandom(int(np.random.default_rng(seeds[0]).integers(2**63)), device)
+
+def as_csr(
+    counts:np.ndarray|torch.Tensor, # Whole numbers, shape (n, n_genes)
+)->sparse.csr_matrix: # The same, float32
+    "Counts as a sparse matrix; from a GPU only those above zero travel"
+    if not torch.is_tensor(counts): return sparse.csr_matrix(counts, dtype=np.float32)
+    c = counts.float().to_sparse_csr()
+    parts = c.values(),c.col_indices().int(),c.crow_indices().int()
+    return sparse.csr_matrix(tuple(v.cpu().numpy() for v in parts), shape=tuple(counts.shape))
 
 # %% ../nbs/04a_requests.ipynb #7e5ac28d
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering

@@ -95,17 +95,20 @@ def nll(self:Poisson,
 
 # %% ../nbs/01_autoencoder.ipynb #2469c330
 class DeviceRandom:
-    "Random numbers made where a network is"
+    "Random numbers for the rows of tensors, made where a network is, from a generator of its own for each row"
     def __init__(self,
-        seed:int, # Same seed, same numbers on the same sort of device
-        device, # Where they are to be
-    ): self.generator = torch.Generator(device).manual_seed(seed)
-    def __getitem__(self, rows): return self   # one stream for all rows
+        seeds, # Seed of each row, or its generator, of length n; same seed, same numbers on the same sort of device
+        device, # Where numbers are to be
+    ):
+        self.device = device
+        self.rngs = [s if isinstance(s, torch.Generator) else torch.Generator(device).manual_seed(s) for s in seeds]
+    def __getitem__(self, rows): return DeviceRandom([self.rngs[i] for i in rows], self.device)
+    def each(self, draw, v): return torch.stack([draw(x, r) for x,r in zip(v, self.rngs, strict=True)])
+    def gamma(self, shape, scale): return self.each(torch._standard_gamma, shape)*scale
     def poisson(self, mean):
         right = ((mean>=0)&(mean<9e18)).all()   # a GPU that draws from other rates stops the whole program
         if not right: raise ValueError("rates below 0, not a number or too large")
-        return torch.poisson(mean, self.generator)
-    def gamma(self, shape, scale): return torch._standard_gamma(shape, self.generator)*scale
+        return self.each(torch.poisson, mean)
 
 def as_numbers(v, rng=None):
     "A tensor as what `rng` takes, in double precision: a tensor for `DeviceRandom`, else NumPy; anything else as it is"

@@ -318,10 +318,11 @@ def draw_seen(
 def random_for(
     seeds:list, # Seed of each row, of length n
     device:torch.device, # Where numbers are drawn
-): # `PerRow`, or on a GPU `DeviceRandom`, named by the first seed
+): # `PerRow`, or on a GPU `DeviceRandom`
     "Random numbers for the cells of a block"
-    if device.type=='cpu': return PerRow(seeds)
-    return DeviceRandom(int(np.random.default_rng(seeds[0]).integers(2**63)), device)
+    rows = PerRow(seeds)
+    if device.type=='cpu': return rows
+    return DeviceRandom([int(r.integers(2**63)) for r in rows.rngs], device)
 
 def as_csr(
     counts:np.ndarray|torch.Tensor, # Whole numbers, shape (n, n_genes)

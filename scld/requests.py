@@ -329,9 +329,9 @@ def as_csr(
 )->sparse.csr_matrix: # The same, float32
     "Counts as a sparse matrix; from a GPU only those above zero travel"
     if not torch.is_tensor(counts): return sparse.csr_matrix(counts, dtype=np.float32)
-    c = counts.float().to_sparse_csr()
-    parts = c.values(),c.col_indices().int(),c.crow_indices().int()
-    return sparse.csr_matrix(tuple(v.cpu().numpy() for v in parts), shape=tuple(counts.shape))
+    c = counts.float().to_sparse()
+    value,place = (v.cpu().numpy() for v in (c.values(),c.indices()))
+    return sparse.csr_matrix((value,tuple(place)), shape=tuple(counts.shape))
 
 # %% ../nbs/04a_requests.ipynb #7e5ac28d
 BLOCK = 256 # Cells of one block, the unit of random numbers and of filtering

@@ -3,7 +3,6 @@
     python card.py prepare --out FOLDER                   cells, the package and this script, ready to be carried
     python card.py make --cells FOLDER --out OUT --device cuda --deadline 500
     python card.py make ... --smoke                       the same plan, sixty steps of each training
-    python card.py speed --cells FOLDER --out OUT --device cuda     the default model: seconds by stage
     python card.py judge --cells FOLDER --out OUT --rows nbs/results/card2     keeps rows, judges what was not judged
     python card.py home --cells FOLDER --only neurons10k,raw,128 --rows …   one model in principal components, here
 
@@ -1009,46 +1008,6 @@ def start_ladder(ctx):
         serve()
     ctx.serve = also
 
-# ---------------------------------------------------------------- the default model: GPU against CPU
-
-def speed(a):
-    "Seconds of the default model by stage, and how many of them are draws of counts"
-    from anndata import AnnData
-    import pandas as pd
-    from scld.autoencoder import Autoencoder
-    from scld.model import SCLD
-    torch.set_num_threads(a.threads)
-    took = {}
-    def timed(cls, name):
-        f = getattr(cls, name)
-        def g(*args, **kw):
-            if a.device=='cuda': torch.cuda.synchronize()
-            t = time.time()
-            out = f(*args, **kw)
-            if a.device=='cuda': torch.cuda.synchronize()
-            took[name.strip('_')] = took.get(name.strip('_'), 0)+time.time()-t
-            return out
-        setattr(cls, name, g)
-    for name in ('_fit_autoencoder','_fit_diffusion','_fit_scorer'): timed(SCLD, name)
-    timed(Autoencoder, 'draw')
-    for d in SETS:
-        c = read_cells(a.cells, d, a.genes)
-        obs = pd.DataFrame(dict(cell_type=pd.Categorical.from_codes(c.label, c.kinds)),
-            index=[f'c{i}' for i in range(len(c.label))])
-        model = SCLD(AnnData(c.train, obs=obs, var=pd.DataFrame(index=c.genes)), labels='cell_type')
-        took.clear()
-        model.train(steps=a.speed_steps, device=a.device, seed=0, progress=False)
-        trained = dict(took)
-        took.clear()
-        t = time.time()
-        model.sample(a.made, seed=0)
-        row = dict(speed=d, device=torch.cuda.get_device_name() if a.device=='cuda' else 'cpu', threads=a.threads,
-            steps=a.speed_steps, train=trained,
-                   sample_seconds=time.time()-t, sample_draw=took.get('draw'), n=a.made, torch=torch.__version__,
-                       autoencoder_steps=int((model.history.stage=='autoencoder').sum()))
-        with open(Path(a.out)/f'speed-{a.device}.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
-        print(row, flush=True)
-
 # ---------------------------------------------------------------- at home
 
 def judge(a):
@@ -1132,7 +1091,7 @@ def home(a):
 def main():
     "One stage"
     p = argparse.ArgumentParser(description='One run on a borrowed GPU')
-    p.add_argument('stage', choices=['prepare','make','speed','judge','home'])
+    p.add_argument('stage', choices=['prepare','make','judge','home'])
     p.add_argument('--cells', default='.card', help='folder made by `prepare`')
     p.add_argument('--out', default='out')
     p.add_argument('--rows', default='nbs/results/card')
@@ -1141,10 +1100,10 @@ def main():
     p.add_argument('--smoke', action='store_true', help='a few steps of everything')
     p.add_argument('--again', action='store_true', help='`judge`: also with more trees')
     for k,v in dict(deadline=500, tail=75, reserve=90, tell=30, workers=13, trees=300, more=1000, made=1500,
-        paper_steps=20_000, ae_steps=10_000, chain=T, threads=12, speed_steps=1200, genes=0).items():
+        paper_steps=20_000, ae_steps=10_000, chain=T, genes=0).items():
         p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--widths', type=int, nargs='+', default=[256,192,128], help='of the U-Net')
     a = p.parse_args()
-    dict(prepare=prepare, make=make, speed=speed, judge=judge, home=home)[a.stage](a)
+    dict(prepare=prepare, make=make, judge=judge, home=home)[a.stage](a)
 
 if __name__=='__main__': main()

@@ -148,7 +148,8 @@ class DeviceCounts:
         X:sparse.csr_matrix, # Counts, shape (n_cells, n_genes)
         device, # Where they are to be
     ):
-        self.shape,self.device,self.size = X.shape,device,np.diff(X.indptr)
+        self.shape,self.device = X.shape,device
+        self.size = np.diff(X.indptr)
         self.start,self.gene,self.value = (torch.from_numpy(v).to(device) for v in (X.indptr[:-1],X.indices,X.data))
     def __getitem__(self, rows):
         rows = numbers_of(rows)

@@ -107,7 +107,8 @@ class _Run:
     "What changes while `fit` runs"
     def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0):
         store_attr('model,steps,ema,before_step')
-        self.desc,self.history,self.waiting = desc or 'training',[],[]   # losses, and those not yet read
+        self.desc = desc or 'training'
+        self.history,self.waiting = [],[]   # losses, and those not yet read
         self.good = 0,_copy(model)
         groups = model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters()
         self.opt = torch.optim.AdamW(groups, lr=lr, fused=True)

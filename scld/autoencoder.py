@@ -587,7 +587,7 @@ def merge_places(self:Autoencoder,
 def shift(self:Autoencoder,
     label:torch.Tensor, # Number of each cell's label, shape (n,), `n_labels` for none; or weights as in `pick`
 )->torch.Tensor: # Shift of the outputs of each cell, shape (n, n_genes); (n, 1) where labels have no places
-    "$\delta_k$ of (A18), 0 for a cell without a label"
+    "δ_k of (A18), 0 for a cell without a label"
     if self.centres is None: return torch.zeros(len(label), 1, device=label.device)
     return pick(F.pad(self.shifts, (0,0,0,1)), label)
 

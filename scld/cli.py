@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['program', 'as_options', 'goes_on', 'main', 'free_name', 'keep_genes', 'split', 'run_folder', 'clear_run', 'fit',
-           'read_cells', 'read_part', 'planted_in', 'asked_in', 'sample', 'several', 'model_of', 'power',
+           'read_cells', 'read_part', 'planted_in', 'asked_in', 'sample', 'several', 'check_pilot', 'model_of', 'power',
            'write_numbers', 'third_mark', 'evaluate', 'audit', 'demo_results', 'demo']
 
 # %% ../nbs/08_cli.ipynb #5329008f
@@ -257,6 +257,8 @@ def asked_in(
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True)
     except (pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
         raise ValueError(f"--design {path} is not a table of comma-separated values: {e}") from e
+    apart = next((c for c in ';\t' if len(table.columns)==1 and c in table.columns[0]), None)
+    if apart: raise ValueError(f"--design {path}: columns stand apart by {apart!r}, not by commas; write them with commas")
     if 'n' in table:
         whole = table['n'].fillna('').str.fullmatch('[0-9]{1,18}')
         if not whole.all():
@@ -271,7 +273,7 @@ def sample(
     model:str, # Folder of a saved model
     out:str='synthetic.h5ad', # File to write, or the folder for `--format 10x`; must not be there
     format:str='h5ad', # `h5ad`, or `10x` for a folder of 10x Genomics, which R reads
-    n:int=1000, # Number of cells, of all types or of `label`
+    n:int=None, # Number of cells, of all types or of `label`; 1,000 if absent
     label:str=None, # One type to make
     cells:str=None, # Several types, with numbers: "NK=500,B=200"
     design:str=None, # CSV of what to make: some of the model's columns, a row a cell, or a column `n`
@@ -288,6 +290,9 @@ def sample(
     "Make new cells of a saved model"
     if sum(v is not None for v in (label,cells,design))>1:
         raise ValueError("--label is for one type, --cells for several, --design for a table; give one of them")
+    if n is not None and (cells or design):
+        raise ValueError("--n is for all types or for --label; --cells and --design have their own numbers")
+    n = 1000 if n is None else n
     want = n if label is None else {label: n}
     if cells is not None: want = read_cells(cells)
     if design is not None: want = asked_in(design)
@@ -312,6 +317,21 @@ def several(
     try: return [int(v) if v.strip().isdecimal() else float(v) for v in text.split(',')]
     except ValueError: raise ValueError(f"--{option} {text!r} must be numbers with commas between") from None
 
+# %% ../nbs/08_cli.ipynb #60456699
+def check_pilot(
+    kept, # Model that was read
+    model, # Model of the pilot, not trained
+    folder:str, # Where it was read from
+):
+    "`ValueError` where a model that was kept is not of these cells"
+    import numpy as np
+    sizes = [m.label_table[['n','mean']].to_numpy() for m in (kept,model)]
+    same = kept.categories==model.categories and np.allclose(*sizes, atol=1e-4)
+    asked = {'columns': kept.columns.names==model.columns.names, 'genes': kept.genes==model.genes, 'cells': same}
+    off = [k for k,v in asked.items() if not v]
+    why = f"the model in {folder} has other {' and '.join(off)} than this pilot"
+    if off: raise ValueError(f"{why}, with types in {kept.labels!r}; give another folder, or leave out --model")
+
 # %% ../nbs/08_cli.ipynb #89e3b948
 def model_of(
     pilot:str, # Counts of a pilot
@@ -324,11 +344,11 @@ def model_of(
 ): # A trained model
     "The model of a pilot"
     from scld.model import SCLD
-    if folder and Path(folder).exists():
-        model = SCLD.load(folder, device)
-        if model.labels==labels: return model
-        raise ValueError(f"the model in {folder} has its types in {model.labels!r}; give --labels {model.labels!r}")
     model = SCLD(pilot, labels=labels, conditions=[by] if by else None)
+    if folder and Path(folder).exists():
+        kept = SCLD.load(folder, device)
+        check_pilot(kept, model, folder)
+        return kept
     check(model)
     model.train(seed=seed, device=device)
     if folder: model.save(folder)
@@ -366,6 +386,7 @@ def power(
     with whole_folder(out) as tmp:
         table.to_csv(tmp/'power.csv', index=False)
         plot_power(table, fdr).savefig(tmp/'power.png', dpi=150)
+    print(table.round(3).to_string(index=False), file=sys.stderr)
     for f in ('power.csv','power.png'): print(out/f)
 
 # %% ../nbs/08_cli.ipynb #ec5c55a9

@@ -109,6 +109,8 @@ def _numbers(values, key, few):
 # %% ../nbs/00g_columns.ipynb #70090497
 def _names(values, key, few, colors):
     "A column of names"
+    if pd.api.types.is_bool_dtype(values.dropna().infer_objects()):
+        warnings.warn(f"obs[{key!r}] is read as the names 'False' and 'True', and comes back as such", stacklevel=5)
     each = values.astype('category').cat.remove_unused_categories().cat
     names = list(as_text(each.categories))
     if len(set(names))<len(names):

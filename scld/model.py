@@ -37,7 +37,7 @@ from .start import settings_from,start_from
 from .stages import html_table,kept_stages,plot_losses,record,stage_steps
 from .storage import alone,sha256
 from .training import always,seeded,steady
-from .truth import factor_of,planted,read_effect,thinned
+from .truth import check_received,factor_of,planted,read_effect,thinned
 from .unet import UNet
 
 # %% ../nbs/05a_model.ipynb #3f8214a3
@@ -52,7 +52,7 @@ class SCLD:
         labels:str|None=None, # Column of `obs` with the types of cells; Louvain clusters if absent
         conditions:list|None=None, # Other columns to ask for cells by, names or numbers: `["donor", "hour"]`
         config:str='default', # `default`, `quick` (few steps) or `paper` (the paper's settings)
-        start=None, # Trained model, or the folder of one, to start from; settings are then those that it has
+        start=None, # Trained model, or the folder of one, to start from; settings are then its own, but for `steps`
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
         if isinstance(start, (str,Path)): start = SCLD.load(start, 'cpu')
@@ -574,7 +574,9 @@ def sample(self:SCLD,
     at_once = in_range('batch_size', batch_size, sampling['batch_size'])
     self._refuse_unready(keep)
     request,how['n'] = self._read_request(n)
-    how['effect'] = json.dumps(self._read_effect(effect, guidance))
+    planned = self._read_effect(effect, guidance)
+    check_received([k for k,*_ in planned], request, self.columns)
+    how['effect'] = json.dumps(planned)
     code = codes_of(request, self.columns, self.seen, seed, holistic=guidance==-1 and not self.conditions)
     blocks = Blocks(code, (seed,0), part)
     table = isinstance(request, np.ndarray)

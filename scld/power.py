@@ -126,7 +126,8 @@ def donors_of(
     others = [c.name for c in model.columns if hasattr(c, "colors") and c.name!=model.labels]
     near = closest(str(by), others, 0.5)
     meant = f"; did you mean {near!r}?" if near else '.'
-    if by not in others: raise KeyError(f"by={by!r} is no condition of names in this model{meant} It has {others}")
+    knows = f"Columns of names that it knows: {others}; a model is made for one by conditions=[{str(by)!r}]"
+    if by not in others: raise KeyError(f"this model does not know by={by!r}{meant} {knows}")
     i,k = model.columns.names.index(by),model.categories.index(label)
     seen = sorted({row[i] for row in model.seen if row[0]==k and row[i]>=0})
     few = f"{label!r} was seen in {len(seen)} levels of {by!r}; two groups need two donors each"

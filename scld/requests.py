@@ -97,6 +97,9 @@ def _asked_names(own, values, *small, **of):
 def _asked_numbers(column, values):
     "Codes of what a request asks of a column of numbers"
     code = column.code(values)
+    text = np.flatnonzero(values.notna().to_numpy() & np.isnan(code))
+    none = f"{column.name!r} is a column of numbers"
+    if len(text): raise ValueError(f"{none}, and {values.iloc[text[0]]!r} is none ({len(text):,} of {len(code):,} rows)")
     low,high = column.levels[0],column.levels[-1]
     wrong = np.flatnonzero(values.notna().to_numpy() & ~((code>=low)&(code<=high)))
     if len(wrong):
@@ -119,14 +122,15 @@ def read_design(
     if len(twice): raise ValueError(f"the design has the column {twice[0]!r} twice")
     unknown = [c for c in design if c not in (*columns.names,'n')]
     if unknown:
-        near = closest(unknown[0], columns.names, 0.5)
-        meant = f"; did you mean {near!r}?" if near else ''
+        near = closest(unknown[0], [*columns.names,'n'], 0.5)
+        meant = f"; did you mean {near!r}?" if near else '.'
         knows = f"It knows {columns.names}, and n"
         raise KeyError(f"the design has a column {unknown[0]!r} that the model does not know{meant} {knows}")
     if not len(design): raise ValueError("no cells asked for: the design has no rows")
     n = design['n'].tolist() if 'n' in design else [1]*len(design)
     n = [int(m) if isinstance(m, (float,np.floating)) and m==int(m if m==m else 0) else m for m in n]   # 5.0 is 5
-    for k,m in zip(design.index, n): check_number(f'row {k}', m, [])
+    for k,m in zip(design.index, n):
+        if not (isinstance(m, (int,np.integer)) and m==0 and any(n)): check_number(f'row {k}', m, [])   # none of a kind
     if sum(n)>MOST: raise ValueError(f"{sum(n):,} cells are too many for one call; ask for at most {MOST:,}")
     out = np.full((len(design),len(columns)), np.nan)
     for i,c in enumerate(columns):

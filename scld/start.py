@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .autoencoder import Autoencoder,PearsonComponents,nb_log_prob
 from .columns import Columns
 from .pre_guidance import Denoiser
-from .settings import read_settings
+from .settings import defaults,read_settings
 
 # %% ../nbs/04f_start.ipynb #8577abc3
 def match(
@@ -147,7 +147,7 @@ def settings_from(
     if old['noise']==0 or old['reads']!='pearson' or old['likelihood']=='mse':
         raise ValueError("a model of the paper's kind (without noise on its latents) cannot be started from; "
                          "train one with the config 'default'")
-    settings = read_settings('default', {**old, **given})
+    settings = read_settings('default', {**old, 'steps': defaults['steps'], **given})   # a short run begets no short one
     if (settings['label_sd']>0)!=(old['label_sd']>0):
         differ = f"label_sd={settings['label_sd']}, and {old['label_sd']} in the model to start from"
         raise ValueError(f"{differ}: labels have places in both, or in neither; leave it out")
@@ -159,9 +159,10 @@ def settings_from(
 def _other_names(new, left):
     "A warning where labels on both sides have no match"
     if not new or not left: return
-    here = f"{len(new)} labels are not in the model to start from, the first {new[0]!r}"
-    there = f"{len(left)} of its labels are not here, the first {left[0]!r}"
-    warnings.warn(f"{here}, and {there}; if two names mean one type, give yours its name", stacklevel=4)
+    def some(of): return ', '.join(map(repr, of[:5]))+', …'*(len(of)>5)
+    here = f"{len(new)} labels are not in the model to start from: {some(new)}"
+    there = f"{len(left)} of its labels are not here: {some(left)}"
+    warnings.warn(f"{here}; and {there}; if two names mean one type, give yours its name", stacklevel=4)
 
 def start_from(
     model, # Trained; it has `net`, `settings`, `genes`, `columns` and `fingerprint`
@@ -172,12 +173,14 @@ def start_from(
     at = match(genes, model.genes)
     n,first = (at>=0).sum().item(),f"whose first is {model.genes[0]!r}, here {genes[0]!r}"
     few = f"only {n:,} of {len(at):,} genes are in the model to start from, {first}"
-    if 2*n<len(at): raise ValueError(f"{few}; are both symbols, or both Ensembl identifiers?")
+    if 2*n<len(at): raise ValueError(f"{few}; take the same genes in both, and are both symbols, or both Ensembl identifiers?")
     least = model.settings['n_latent']
     if min(len(at), len(model.genes), least)!=min(len(model.genes), least):
         raise ValueError(f"{len(at)} genes are too few for the {least} latents of the model to start from")
     labels,old = columns[0],model.columns[0]
     known = [] if 'louvain' in (labels.name,old.name) else old.levels
+    numbers = "labels of clusters are numbers, which mean nothing in other cells; all of yours are new to the model"
+    if 'louvain' in (labels.name,old.name): warnings.warn(numbers, stacklevel=3)
     _other_names([k for k in labels.levels if k not in known], [k for k in known if k not in labels.levels])
     def whole(of, p): return *of.names,*(c.levels[i] for c,i in zip(of, p))
     def others(of): return [(c.name,k) for c in of[1:] for k in c.levels]+[whole(of, p) for p in of.joint]

@@ -248,7 +248,9 @@ def record(self:Recording,
         got = self.result(lambda: self.play(idx))
         why = None if alike(got, want) else 'it gives other gradients'
     except RuntimeError as e: why = str(e)[:100]
-    if why: self.phase = warnings.warn(f"this GPU is told every step, which takes longer; a recording failed: {why}")
+    if not why: return
+    self.phase = None
+    warnings.warn(f"this GPU is told every step, which takes longer; a recording failed: {why}")
 
 def alike(got, want):
     "Are tensors the same but for rounding?"

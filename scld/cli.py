@@ -258,7 +258,8 @@ def asked_in(
     except (pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
         raise ValueError(f"--design {path} is not a table of comma-separated values: {e}") from e
     apart = next((c for c in ';\t' if len(table.columns)==1 and c in table.columns[0]), None)
-    if apart: raise ValueError(f"--design {path}: columns stand apart by {apart!r}, not by commas; write them with commas")
+    commas = f"--design {path}: columns stand apart by {apart!r}, not by commas; write them with commas"
+    if apart: raise ValueError(commas)
     if 'n' in table:
         whole = table['n'].fillna('').str.fullmatch('[0-9]{1,18}')
         if not whole.all():

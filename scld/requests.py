@@ -99,7 +99,8 @@ def _asked_numbers(column, values):
     code = column.code(values)
     text = np.flatnonzero(values.notna().to_numpy() & np.isnan(code))
     none = f"{column.name!r} is a column of numbers"
-    if len(text): raise ValueError(f"{none}, and {values.iloc[text[0]]!r} is none ({len(text):,} of {len(code):,} rows)")
+    some = f"({len(text):,} of {len(code):,} rows)"
+    if len(text): raise ValueError(f"{none}, and {values.iloc[text[0]]!r} is none {some}")
     low,high = column.levels[0],column.levels[-1]
     wrong = np.flatnonzero(values.notna().to_numpy() & ~((code>=low)&(code<=high)))
     if len(wrong):

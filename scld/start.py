@@ -173,7 +173,8 @@ def start_from(
     at = match(genes, model.genes)
     n,first = (at>=0).sum().item(),f"whose first is {model.genes[0]!r}, here {genes[0]!r}"
     few = f"only {n:,} of {len(at):,} genes are in the model to start from, {first}"
-    if 2*n<len(at): raise ValueError(f"{few}; take the same genes in both, and are both symbols, or both Ensembl identifiers?")
+    same = "take the same genes in both, and are both symbols, or both Ensembl identifiers?"
+    if 2*n<len(at): raise ValueError(f"{few}; {same}")
     least = model.settings['n_latent']
     if min(len(at), len(model.genes), least)!=min(len(model.genes), least):
         raise ValueError(f"{len(at)} genes are too few for the {least} latents of the model to start from")

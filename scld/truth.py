@@ -51,7 +51,8 @@ def read_effect(
     named = {k if isinstance(k, str) else f'{k:g}': of for k,of in effect.items()}   # 6 is the level '6'
     for k in named: check_label(k, labels)
     many = [k for k in named if any(re.fullmatch(re.escape(k)+r' \(\d+\)', l) for l in labels)]
-    if many: raise ValueError(f"{many[0]!r} is a level of several columns, and effect cannot say which; rename one of them")
+    which = "is a level of several columns, and effect cannot say which; rename one of them"
+    if many: raise ValueError(f"{many[0]!r} {which}")
     known,rows = set(genes),[(k,g,v) for k,of in named.items() for g,v in of.items()]
     unknown = [g for _,g,_ in rows if g not in known]
     if unknown:

@@ -154,6 +154,7 @@ def _learn(self:ScGAN, X, seed, steps, progress):
     falls = [torch.optim.lr_scheduler.ExponentialLR(o, 0.1**(1/max(steps,1))) for o in opts]
     rows = batches(n, c.batch, c.n_critic*steps, seed)
     for step in tqdm(range(steps), type(self).__name__, disable=not progress, mininterval=1):
+        if self.looked_at(step/steps, self.G): break
         with seeded(seed, step): self._step(opts, rows)
         for f in falls: f.step()
     self.G.eval()

@@ -12,16 +12,20 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 from anndata import AnnData
 from fastcore.basics import patch
+from functools import partial
 from scipy import sparse
 from .data import check_counts,lognorm
 from .labels import read_labels
+from .training import at_rest,heed
 
 # %% ../nbs/06e_baselines.ipynb #5519ee2c
 class Baseline:
     "What all systems share: checked counts in, new cells of the same genes out"
     conditional = False # Can it be asked for a label?
+    epochs = None # Published passes over the training cells, a function of their number; None where steps are published
     needs_labels = False # Can it learn from labelled cells only?
     defaults,full = {},{} # Settings to start from, and those of the published budget
+    at = None # Hook of the training, as in `scld.training.fit`
     def __init__(self,
         **settings, # Settings to use instead of those in `defaults`
     ):
@@ -29,6 +33,15 @@ class Baseline:
         why = f"{type(self).__name__} has no setting {unknown[:1]}; choose from {list(self.defaults)}"
         if unknown: raise ValueError(why)
         self.cfg = SimpleNamespace(**{**self.defaults,**settings})
+
+# %% ../nbs/06e_baselines.ipynb #3c663163
+@patch(cls_method=True)
+def budget(cls:Baseline,
+    n:int, # Number of training cells
+)->int: # Optimiser steps; 0 for systems that are not trained
+    "The steps that its authors trained, or as many as their passes over the cells make here"
+    if not cls.epochs: return cls.full.get('steps', 0)
+    return cls.epochs(n)*n//cls.defaults['batch']
 
 # %% ../nbs/06e_baselines.ipynb #78c85c65
 @patch
@@ -38,6 +51,7 @@ def fit(self:Baseline,
     seed:int=0, # Same seed, same system
     steps:int|None=None, # Optimiser steps, for systems that are trained; their own setting if absent
     progress:bool=False, # Show a bar on stderr?
+    at=None, # Hook, for systems that are trained: is called with the share of the steps that is done
 )->Baseline: # Itself
     "Learn from `adata`; `ValueError` where `X` is not counts, a cell is empty or labels are missing"
     check_counts(adata)
@@ -50,8 +64,27 @@ def fit(self:Baseline,
     if len(empty): raise ValueError(f"{len(empty):,} cells have no counts, the first {empty[0]!r}; leave them out")
     known = None if labels is None else read_labels(adata, labels, few=0)
     self.code,self.categories = (None,[]) if known is None else (known.codes.astype(int),list(known.categories))
-    self._learn(X, seed, getattr(self.cfg, 'steps', 0) if steps is None else steps, progress)
+    if steps is None: steps = getattr(self.cfg, 'steps', 0)
+    self.steps,self.at = self.budget(len(self.library)) if steps is None else steps,at
+    try: self._learn(X, seed, self.steps, progress)
+    finally: del self.at
     return self
+
+# %% ../nbs/06e_baselines.ipynb #025e6fa2
+@patch
+def looked_at(self:Baseline,
+    share:float, # Share of the steps that is done
+    *models, # Networks that are trained
+)->bool: # Is training to end here?
+    "Let the hook of the training look on"
+    return self.at is not None and heed(self.at(share), partial(at_rest, *models))
+
+@patch
+def settled(self:Baseline,
+    share:float, # Share of the steps that is done
+)->bool: # Also true at the end
+    "Would a training of so many steps have ended as this one stands there?"
+    return True
 
 # %% ../nbs/06e_baselines.ipynb #10a03699
 @patch

@@ -7,7 +7,7 @@ __all__ = ['baselines', 'margin_loss', 'IntroVAE', 'ACTIVA', 'until', 'ScVI', 'L
            'LatentDiffusion']
 
 # %% ../nbs/06g_latent.ipynb #77410525
-import random, numpy as np, pandas as pd, torch, torch.nn.functional as F
+import contextlib, random, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from anndata import AnnData
 from fastcore.basics import patch
 from functools import partial
@@ -18,7 +18,7 @@ from .autoencoder import latent_kl
 from .baselines import Baseline,Positive,Random,SUGAR,Splatter,mlp
 from .data import lognorm
 from .diffusion import NoiseSchedule,linear_betas
-from .training import batches,fit as fit_network,seeded
+from .training import at_rest,batches,fit as fit_network,heed,seeded
 from .unet import timestep_embedding
 
 # %% ../nbs/06g_latent.ipynb #cfb1b4fb
@@ -64,7 +64,8 @@ class ACTIVA(Baseline):
         detached=True, # As in the script: no adversarial gradient to the decoder?
         counts='log', # How values become counts; None: not at all
         device='cpu') # Where to train
-    full = dict(widths=[1024,512,256], steps=240_000, warmup=0.02, lr=2e-4) # 500 epochs of 61,588 cells
+    epochs = staticmethod(lambda n: 500)
+    full = dict(widths=[1024,512,256], steps=None, warmup=0.02, lr=2e-4)
 
 # %% ../nbs/06g_latent.ipynb #828cacc9
 @patch
@@ -126,9 +127,13 @@ def _learn(self:ACTIVA, X, seed, steps, progress):
     self.net.train()
     bar = tqdm(batches(n, c.batch, steps, seed), 'ACTIVA', steps, disable=not progress, mininterval=1)
     for step,idx in enumerate(bar):
+        if self.looked_at(step/steps, self.net): break
         move = self._warm_step if step<c.warmup*steps else self._adversarial_step
         with seeded(seed, step): move(opts, cells(idx))
     self.net.eval()
+
+@patch
+def settled(self:ACTIVA, share:float)->bool: return share==1 or share>self.cfg.warmup
 
 # %% ../nbs/06g_latent.ipynb #537b3f4a
 def until(
@@ -179,7 +184,8 @@ class ScVI(Baseline):
         steps=4000, # Steps, rounded up to whole epochs
         batch=128, # Cells a step
         device='cpu') # Where to train
-    full = dict(likelihood='zinb', steps=28_400) # The package's default, 400 epochs, for 10,000 cells
+    epochs = staticmethod(lambda n: min(round(20_000/n*400), 400)) # The package's own rule
+    full = dict(likelihood='zinb', steps=None)
 
 # %% ../nbs/06g_latent.ipynb #e62e92e3
 @patch
@@ -200,6 +206,9 @@ def _learn(self:ScVI, X, seed, steps, progress):
         random.setstate(plain)
 
 # %% ../nbs/06g_latent.ipynb #1f241609
+@patch(cls_method=True)
+def budget(cls:ScVI, n:int)->int: return int(0.9*n)*cls.epochs(n)//cls.defaults['batch'] # It learns from nine tenths
+
 @patch
 def _train(self:ScVI, SCVI, X, steps, progress):
     "The package's model, and the latents of the cells `X`"
@@ -208,9 +217,35 @@ def _train(self:ScVI, SCVI, X, steps, progress):
     self.model = SCVI(a, n_latent=c.n_latent, n_hidden=c.n_hidden, gene_likelihood=c.likelihood)
     epochs = int(np.ceil(steps*c.batch/(0.9*X.shape[0])))
     quiet = dict(enable_progress_bar=progress, enable_model_summary=False, logger=False)
+    if self.at: quiet['callbacks'] = [self._hook(epochs)]
     self.model.train(epochs, accelerator=c.device, devices=1, batch_size=c.batch, **quiet)
-    self.z = self.model.get_latent_representation(give_mean=False)
+    self._find_latents()
     self.model.to_device('cpu')
+
+@patch
+def _find_latents(self:ScVI):
+    "Latents of the training cells, by the model as it is"
+    was,self.model.is_trained_ = self.model.is_trained_,True
+    self.z = self.model.get_latent_representation(give_mean=False)
+    self.model.is_trained_ = was
+
+# %% ../nbs/06g_latent.ipynb #14af0448
+@patch
+def _hook(self:ScVI, epochs):
+    "What the package calls after each epoch"
+    from lightning.pytorch.callbacks import Callback
+    def rest():
+        stack = contextlib.ExitStack()
+        stack.enter_context(at_rest(self.model.module))
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
+        return stack
+    def asked(answer): return (lambda: (self._find_latents(),answer())) if callable(answer) else answer
+    class AfterEpoch(Callback):
+        def on_train_epoch_end(_, trainer, module):
+            share = (trainer.current_epoch+1)/epochs
+            if share<1 and heed(asked(self.at(share)), rest): trainer.should_stop = True
+    return AfterEpoch()
 
 # %% ../nbs/06g_latent.ipynb #b7675fca
 @patch
@@ -224,9 +259,11 @@ def _draw(self:ScVI, n, code, rng):
         cov = np.cov(own.T)+1e-6*np.eye(own.shape[1])
         z[code==k] = rng.multivariate_normal(own.mean(0), cov, (code==k).sum(), method='svd')
     net = self.model.module.eval()
+    on = next(net.parameters()).device # A GPU while it learns there, else the CPU
     library = torch.from_numpy(self.libraries(n, code, rng)[:,None]).float().log()
     def counts(z, library):
-        return net.generative(z=z, library=library, batch_index=torch.zeros(len(z), 1))['px'].sample()
+        px = net.generative(z=z.to(on), library=library.to(on), batch_index=torch.zeros(len(z), 1, device=on))['px']
+        return px.sample().cpu()
     with seeded(int(rng.integers(2**31))):
         parts = [counts(*p) for p in zip(torch.from_numpy(z).float().split(1000), library.split(1000))]
     return torch.cat(parts).numpy(),code
@@ -340,12 +377,12 @@ def reverse(self:LatentDiffusion,
 # %% ../nbs/06g_latent.ipynb #7ce31b8a
 @patch
 def _learn(self:LatentDiffusion, X, seed, steps, progress):
-    "Train the autoencoder, then noise predictor and classifier on its latents"
+    "Train the autoencoder, then classifier and noise predictor on its latents"
     c,n = self.cfg,X.shape[0]
     x = lognorm(X)
     def cells(idx): return torch.from_numpy(x[np.asarray(idx)].toarray()).to(c.device)
-    def train(net, loss, steps, desc):
-        fit_network(net, loss, n, max(steps, 1), c.batch, c.lr, seed=seed, progress=progress, desc=desc)
+    def train(net, loss, steps, desc, at=None):
+        fit_network(net, loss, n, max(steps, 1), c.batch, c.lr, seed=seed, progress=progress, desc=desc, at=at)
     self.abar = NoiseSchedule(linear_betas(c.T)).alphas_cumprod
     with seeded(seed):
         self.ae = LatentAE(X.shape[1], c.n_latent, c.ae_widths).to(c.device)
@@ -357,8 +394,11 @@ def _learn(self:LatentDiffusion, X, seed, steps, progress):
     def noise_loss(idx):
         zt,t,noise = self.noised(z0[idx.to(c.device)], c.T)
         return F.mse_loss(self.net(zt, t), noise)
-    train(self.net, noise_loss, steps, 'noise predictor')
     if self.code is not None: self._learn_labels(z0, train, seed, steps//4)
+    train(self.net, noise_loss, steps, 'noise predictor', self.at)
+
+@patch
+def settled(self:LatentDiffusion, share:float)->bool: return share==1 # The learning rate falls to nothing by the end
 
 # %% ../nbs/06g_latent.ipynb #50bb0380
 @patch

@@ -231,9 +231,20 @@ def _fit_labeller(self:SCLD, seed):
     self.net.labeller = fit_labeller(X, code, K).to(self.device)
     self.label_table['real'] = recognised_real(X, code, K, seed=seed)
 
+# %% ../nbs/05a_model.ipynb #0f66008c
+@patch
+def _looked_at(self:SCLD, at, share):
+    "Let a hook look on: meanwhile this model can make cells"
+    answer = at(share)
+    def look():
+        self.trained = True
+        try: answer()
+        finally: self.trained = False
+    return look if callable(answer) else answer
+
 # %% ../nbs/05a_model.ipynb #cafe383c
 @patch
-def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
+def _fit_diffusion(self:SCLD, steps, seed=0, at=None, **kw):
     "Stage 2: noise out of latents, Algorithm 1"
     cells,(z,sd) = self.training,self._latents()
     if self.conditions:
@@ -251,6 +262,7 @@ def _fit_diffusion(self:SCLD, steps, seed=0, **kw):
         noisy = z[i]+sd[i]*torch.randn_like(z[i])
         return net.denoiser.loss(sched, net.scale(noisy), cells.told(i, self.device), s['share'], t)
     kw |= dict(lr=s['lr'], ema=0.05, seed=seed, desc='diffusion', phase=always)
+    if at: kw['at'] = partial(self._looked_at, at)
     try:
         losses = fit(net.denoiser, loss, len(z), steps, **kw)
         self.history = record(self.history, 'diffusion', losses)
@@ -435,6 +447,7 @@ def train(self:SCLD,
     checkpoint:str|Path|None=None, # Folder in which to keep the run while it goes on
     resume:bool=False, # Go on with the run that is kept there?
     progress:bool=True, # Show bars on stderr?
+    at=None, # Hook of the diffusion, as in `scld.training.fit`: may ask this model for cells meanwhile, or end training
 )->SCLD: # Itself
     "Learn from the training cells: autoencoder, diffusion, scorer"
     if not self.training:
@@ -453,10 +466,12 @@ def train(self:SCLD,
         self.settings = settings
         self._start_anew(seed, device)
         self._fit_autoencoder(n['autoencoder'], batch_size=batch_size, checkpoint=kept('autoencoder'), **how)
-        self._fit_diffusion(n['diffusion'], batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), **how)
-        self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
-        self._try_labels(run['seed'])
-        self._try_conditions(run['seed'])
+        diffusion = dict(batch_size=max(2*batch_size, 16), checkpoint=kept('diffusion'), at=at)
+        self._fit_diffusion(n['diffusion'], **diffusion, **how)
+        if not at or self.history['stage'].eq('diffusion').sum()==n['diffusion']:
+            self._fit_scorer(n['scorer'], batch_size=batch_size, checkpoint=kept('scorer'), **how)
+            self._try_labels(run['seed'])
+            self._try_conditions(run['seed'])
         self.training.leave()
     return self
 

@@ -320,10 +320,11 @@ def sample(
     cond:torch.Tensor|None=None, # Condition of each row, passed on to the model
     steps:int|list|None=None, # Network evaluations, evenly spaced, or the steps to visit; the whole schedule if absent
     step=ddim_step, # Step function: `ddpm_step`, `ddim_step` or `dpm_step`
-    generator:torch.Generator|None=None, # CPU source of the steps' noise
+    generator=None, # Noise of the steps: a generator of torch on the CPU, or a function that draws like its argument
 )->torch.Tensor: # Clean latents, shape of `zT`
     "Run the reverse process from noise to clean latents, Algorithm 2"
-    def randn(z): return torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+    def drawn(z): return torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+    randn = generator if callable(generator) else drawn
     ts = steps if isinstance(steps, list) else timesteps(len(sched), steps)
     zt = zT
     before = None

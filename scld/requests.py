@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'BLOCK', 'check_label', 'check_number', 'read_request', 'deal', 'read_design', 'distinct', 'read_any',
-           'known_codes', 'fill_in', 'codes_of', 'unseen', 'witnessed', 'without_witness', 'PerRow', 'draw_seen',
-           'random_for', 'as_csr', 'part_of', 'Blocks', 'join', 'in_parts']
+           'known_codes', 'fill_in', 'codes_of', 'unseen', 'witnessed', 'without_witness', 'PerRow', 'beside',
+           'draw_seen', 'random_for', 'as_csr', 'part_of', 'Blocks', 'join', 'in_parts']
 
 # %% ../nbs/04a_requests.ipynb #96a91ca2
 import json,sys,warnings
@@ -297,6 +297,18 @@ class PerRow:
         "Gamma numbers"
         rows = zip(self.rngs, *np.broadcast_arrays(shape, scale), strict=True)
         return np.stack([r.gamma(*v) for r,*v in rows])
+    def normal(self,
+        like:torch.Tensor, # Of shape (n, m)
+    )->torch.Tensor: # Standard normal numbers, shape, type and place of `like`
+        "Normal numbers"
+        rows = [r.standard_normal(like.shape[1], np.float32) for r in self.rngs]
+        return torch.from_numpy(np.stack(rows)).to(like)
+
+def beside(
+    seeds:list, # Seed sequence of each row, of length n
+)->list: # As many others, always the same
+    "Seeds for a second stream of each row"
+    return [np.random.SeedSequence(s.entropy, spawn_key=(*s.spawn_key,1)) for s in seeds]
 
 # %% ../nbs/04a_requests.ipynb #f07dd371
 def draw_seen(

@@ -8,7 +8,7 @@ __all__ = ['defaults', 'configs', 'ranges', 'choices', 'training', 'sampling', '
 
 # %% ../nbs/04b_settings.ipynb #cb3484c2
 import numpy as np, torch
-from .autoencoder import features
+from .autoencoder import between,features
 from .jackpots import likelihoods
 from .scale import depths
 from .labels import closest
@@ -34,11 +34,12 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; or `mse` (the paper's; noise, priors then 0)
+    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; of values: `mse` (logged), `mse_scaled` (the paper's)
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
-    reads='pearson', # What the encoder reads: `pearson` (components of residuals) or `log` (all genes; the paper's)
+    reads='pearson', # What the encoder reads: `pearson` (components of residuals), or all genes: `log`, `scaled` (the paper's)
+    layers='norm', # Between two linear layers of it: `norm` (LayerNorm and SiLU), or `relu` (the paper's)
     prior=0.03, # Scale that weights of the decoder's last layer are expected to have; 0 for no expectation
     tails=1., # How rare large weights are: degrees of freedom of Student's t; None for a Gaussian
     label_sd=3., # Standard deviation that places of labels in the latent are expected to have; 0 for one place for all
@@ -53,13 +54,18 @@ defaults = dict(
     condition='contrast', # What it is told of a label: `contrast` with all cells, or `mean` expression (the paper's)
     rows='even', # Labels of a batch: drawn more `even`ly, or `plain`, as they come (the paper's)
     times='snr', # Diffusion steps of a batch: drawn by signal to noise (`snr`), or `uniform` (the paper's)
-    depth='scores', # Library sizes in the latent: normal `scores`, or their `log`arithm
+    depth='scores', # Library sizes in the latent: normal `scores`, their `log`arithm, or `none` (the paper's)
     fusion='add', # How step and condition are heard: `add`, `cat` or `attention`
     predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
     min_label=5, # Labels with fewer cells cannot be asked for
-    lr=1e-3, # Peak learning rate of the diffusion; the autoencoder takes four times as much
+    solver='dpm', # How noise is taken out: `dpm`, in ten calls; or `ddpm`, the whole chain (the paper's)
+    lr=1e-3, # Learning rate of the diffusion at its peak; where it falls, the autoencoder takes four times as much
+    rate='falls', # One cycle of the rate, which `falls` to almost nothing, or `constant` (the paper's)
+    average=0.05, # Span of the mean of the U-Net's weights, as a share of its steps; 0 for none (the paper's)
+    wider=2, # Batch of the diffusion, in batches of the autoencoder; 1 in the paper
+    ae_steps=None, # Training steps of the autoencoder; None for two fifths of `steps`, at most 2,000 and 60 passes
     steps=5000, # Training steps of the diffusion
     threads=1) # Threads of each operation on the CPU while training; other numbers give other last digits
 
@@ -67,20 +73,24 @@ defaults = dict(
 configs = dict(
     default={},
     quick=dict(steps=600),
-    paper=dict(likelihood='mse', n_latent=128, noise=0., reads='log', prior=0., label_sd=0., scatter_from=0.,
-               validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain', times='uniform',
-               depth='log', steps=20_000))
+    paper=dict(
+        likelihood='mse_scaled', n_latent=128, noise=0., reads='scaled', layers='relu', prior=0., label_sd=0.,
+        scatter_from=0., validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain',
+        times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_steps=10_000,
+        steps=20_000))
+configs['paper_log'] = dict(configs['paper'], likelihood='mse', reads='log')
 
 # %% ../nbs/04b_settings.ipynb #8f9583b1
 ranges = dict(
     n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.,None), prior=(0.,100.), tails=(0.1,1e4,None),
     label_sd=(0.,100.), scatter_from=(0.,0.9), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=[(1,65_536)],
-    n_emb=(2,4096), dropout=(0.,0.95), bends=(0,64), T=(21,100_000), share=(0.,1.),
-    min_label=(1,10**9), lr=(1e-8,1.), steps=(20,10**9), threads=(1,1024))
+    n_emb=(2,4096), dropout=(0.,0.95), bends=(0,64), T=(21,100_000), share=(0.,1.), min_label=(1,10**9),
+    lr=(1e-8,1.), average=(0.,0.5), wider=(1,64), ae_steps=(5,10**9,None), steps=(20,10**9), threads=(1,1024))
 
 choices = dict(
-    likelihood=likelihoods, reads=features, backbone=backbones, fusion=fusions, predict=('eps','v'),
-    condition=('contrast','mean'), rows=('even','plain'), times=('snr','uniform'), depth=depths)
+    likelihood=likelihoods, reads=features, layers=between, backbone=backbones, fusion=fusions, predict=('eps','v'),
+    condition=('contrast','mean'), rows=('even','plain'), times=('snr','uniform'), depth=depths,
+    solver=('dpm','ddpm'), rate=('falls','constant'))
 
 # %% ../nbs/04b_settings.ipynb #3e53af0c
 def meant(
@@ -106,7 +116,7 @@ def read_settings(
     if config not in list(configs): raise ValueError(f"no config {config!r}; choose from {list(configs)}")
     for k,v in given.items():
         if k not in defaults: raise TypeError(f"no setting {k!r}{meant(k, v)}; the settings are {list(defaults)}")
-    squared = dict(noise=0., prior=0.) if given.get('likelihood')=='mse' else {}
+    squared = dict(noise=0., prior=0.) if str(given.get('likelihood')).startswith('mse') else {}
     s = {**defaults, **configs[config], **squared, **given}
     if s['noise']==0 and given.get('label_sd'):
         raise ValueError(f"label_sd={s['label_sd']} needs noise on the latents, which noise=0 and likelihood='mse' "
@@ -114,6 +124,8 @@ def read_settings(
     if s['noise']==0: s['label_sd'] = 0.
     for k,known in choices.items():
         if s[k] not in list(known): raise ValueError(f"no {k} {s[k]!r}; choose from {list(known)}")
+    if s['depth']=='none' and not s['likelihood'].startswith('mse'):
+        raise ValueError(f"depth='none' leaves no library size to draw counts by; likelihood={s['likelihood']!r} needs one")
     s = {k: in_range(k, v, ranges[k]) if k in ranges else v for k,v in s.items()}
     if s['n_emb']%2: raise ValueError(f"n_emb={s['n_emb']} must be even: half of it are sines, half cosines")
     return s

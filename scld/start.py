@@ -144,7 +144,7 @@ def settings_from(
     "The old settings with what was asked for; `ValueError` where that cannot be"
     both = f"config={config!r} and start exclude each other: settings are those of the model to start from"
     if config!='default': raise ValueError(both)
-    if old['noise']==0 or old['reads']!='pearson' or old['likelihood']=='mse':
+    if old['noise']==0 or old['reads']!='pearson' or old['likelihood'].startswith('mse'):
         raise ValueError("a model of the paper's kind (without noise on its latents) cannot be started from; "
                          "train one with the config 'default'")
     settings = read_settings('default', {**old, 'steps': defaults['steps'], **given})   # a short run begets no short one

@@ -106,7 +106,7 @@ class _Best:
 # %% ../nbs/00d_training.ipynb #7898be9d
 class _Run:
     "What changes while `fit` runs"
-    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0):
+    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0, rate='falls'):
         store_attr('model,steps,ema,before_step')
         self.desc = desc or 'training'
         self.history,self.waiting = [],[]   # losses, and those not yet read
@@ -114,7 +114,8 @@ class _Run:
         groups = model.param_groups(lr) if hasattr(model, 'param_groups') else model.parameters()
         self.opt = torch.optim.AdamW(groups, lr=lr, fused=True)
         peaks = [g['lr'] for g in self.opt.param_groups]
-        self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, peaks, total_steps=max(steps, 2))
+        if rate=='falls': self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, peaks, total_steps=max(steps, 2))
+        else: self.sched = torch.optim.lr_scheduler.ConstantLR(self.opt, 1.)
         decay = 1-1/max(ema*steps, 1)
         self.avg = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if ema else None
         self.best = _Best(validate, patience, free) if validate else None
@@ -380,6 +381,7 @@ def fit(
     steps:int, # Number of optimiser steps
     batch_size:int=128, # Rows a step
     lr:float=1e-3, # Peak learning rate
+    rate:str='falls', # One cycle that `falls` to almost nothing, or `constant`
     ema:float=0., # Span of the running average of weights, as a share of the run; 0 for none
     validate=None, # Function of the model to a held-out loss: the best weights stay, and the run may end early
     every:int=50, # Steps between two looks at `validate`
@@ -394,8 +396,8 @@ def fit(
     before_step=None, # Function that is called with the optimiser when gradients are there, before each step
     phase=None, # Of `Recording`; absent: nothing is recorded
 )->History: # Loss of every step
-    "Minimise `loss` with AdamW and a one-cycle learning rate; leaves `model` in evaluation mode"
-    run = _Run(model, steps, lr, ema, validate, patience, desc, before_step, int(looks_from*steps)//every)
+    "Minimise `loss` with AdamW; leaves `model` in evaluation mode"
+    run = _Run(model, steps, lr, ema, validate, patience, desc, before_step, int(looks_from*steps)//every, rate)
     saved = checkpoint.read() if checkpoint else None
     start = run.unpack(*saved) if saved else 0
     take = n.batches if hasattr(n, 'batches') else partial(batches, n)

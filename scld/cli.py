@@ -171,7 +171,7 @@ def fit(
     layer:str=None, # Layer that holds the counts
     labels:str=None, # Column of `obs` with the types of cells; Louvain clusters if absent
     conditions:str=None, # Other columns to ask for cells by, with commas between: donor,hour
-    config:str='default', # Settings: `default`, `quick` (far fewer steps) or `paper`
+    config:str='default', # Settings: `default`, `quick` (far fewer steps), `paper` or `paper_log`
     start:str=None, # Folder of a trained model to start from
     steps:int=None, # Training steps of the diffusion
     min_label:int=None, # Fewest cells of a label that can be asked for later; 5 if absent
@@ -281,7 +281,7 @@ def sample(
     guidance:float=0., # How far to exaggerate the types; 0 for not at all
     keep:float=1., # Share of the cells to keep, best first
     floor:float=0.5, # Refuse types recognised less often than this share of real cells (0.8 of few); 0 for none
-    steps:int=10, # Network evaluations a cell
+    steps:int=None, # Network evaluations a cell; ten if absent, or the whole chain of a model of the paper's kind
     depth:float=1., # Share of the molecules that are found: 0.5 for half; above 1 for deeper than the training cells
     effect:str=None, # CSV of fold changes to plant, with columns `label`, `gene`, `log2_fold_change`
     seed:int=0, # Same seed, same cells

@@ -51,7 +51,7 @@ class SCLD:
         layer:str|None=None, # Layer that holds the counts; `X` if absent
         labels:str|None=None, # Column of `obs` with the types of cells; Louvain clusters if absent
         conditions:list|None=None, # Other columns to ask for cells by, names or numbers: `["donor", "hour"]`
-        config:str='default', # `default`, `quick` (few steps) or `paper` (the paper's settings)
+        config:str='default', # `default`, `quick` (few steps) `paper` (as it is printed; makes values), or `paper_log`
         start=None, # Trained model, or the folder of one, to start from; settings are then its own, but for `steps`
         **kwargs, # Settings: any of `scld.settings.defaults`, over those of `config`
     ):
@@ -484,7 +484,7 @@ def train(self:SCLD,
     about['start'] = self.started
     kept = kept_stages(checkpoint, resume, about)
     how = dict(seed=run['seed'], progress=progress and rank==0, threads=self.settings['threads'])
-    n = stage_steps(run['steps'], len(self.training), batch_size, self.settings['ae_steps'])
+    n = stage_steps(run['steps'], len(self.training), batch_size, self.settings['ae_share'])
     busy = f"another process is training into {checkpoint}; choose another folder"
     with alone(None if rank else checkpoint, busy), steady(self.settings['threads']):
         self.settings = settings

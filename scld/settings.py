@@ -65,7 +65,7 @@ defaults = dict(
     rate='falls', # One cycle of the rate, which `falls` to almost nothing, or `constant` (the paper's)
     average=0.05, # Span of the mean of the U-Net's weights, as a share of its steps; 0 for none (the paper's)
     wider=2, # Batch of the diffusion, in batches of the autoencoder; 1 in the paper
-    ae_steps=None, # Training steps of the autoencoder; None for two fifths of `steps`, at most 2,000 and 60 passes
+    ae_share=None, # Training steps of the autoencoder, in shares of `steps`; None: 2/5, at most 2,000 and 60 passes
     steps=5000, # Training steps of the diffusion
     threads=1) # Threads of each operation on the CPU while training; other numbers give other last digits
 
@@ -76,8 +76,7 @@ configs = dict(
     paper=dict(
         likelihood='mse_scaled', n_latent=128, noise=0., reads='scaled', layers='relu', prior=0., label_sd=0.,
         scatter_from=0., validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain',
-        times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_steps=10_000,
-        steps=20_000))
+        times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_share=0.5, steps=20_000))
 configs['paper_log'] = dict(configs['paper'], likelihood='mse', reads='log')
 
 # %% ../nbs/04b_settings.ipynb #8f9583b1
@@ -85,7 +84,7 @@ ranges = dict(
     n_latent=(1,4096), n_hidden=(1,65_536), noise=(0.,10.,None), prior=(0.,100.), tails=(0.1,1e4,None),
     label_sd=(0.,100.), scatter_from=(0.,0.9), drop_hidden=(0.,0.95), validation=(0.,0.5), widths=[(1,65_536)],
     n_emb=(2,4096), dropout=(0.,0.95), bends=(0,64), T=(21,100_000), share=(0.,1.), min_label=(1,10**9),
-    lr=(1e-8,1.), average=(0.,0.5), wider=(1,64), ae_steps=(5,10**9,None), steps=(20,10**9), threads=(1,1024))
+    lr=(1e-8,1.), average=(0.,0.5), wider=(1,64), ae_share=(0.001,100.,None), steps=(20,10**9), threads=(1,1024))
 
 choices = dict(
     likelihood=likelihoods, reads=features, layers=between, backbone=backbones, fusion=fusions, predict=('eps','v'),

@@ -17,12 +17,13 @@ def stage_steps(
     steps:int, # Steps of the diffusion
     n_cells:int, # Number of training cells
     batch_size:int, # Cells a step
-    own:int|None=None, # Steps that the autoencoder is to have whatever the others have
+    share:float|None=None, # Steps of the autoencoder, in shares of `steps`, where they are not the usual ones
 )->dict: # Optimiser steps by stage
     "Steps of each stage: two fifths for the autoencoder, at most 2,000 and 60 passes; a sixth for the scorer"
     passes = 60*n_cells//batch_size
     usual = max(min(2*steps//5, 2000, passes), 5)
-    return dict(autoencoder=own or usual, diffusion=steps, scorer=max(steps//6, 5))
+    own = usual if share is None else max(round(share*steps), 5)
+    return dict(autoencoder=own, diffusion=steps, scorer=max(steps//6, 5))
 
 # %% ../nbs/04e_stages.ipynb #679bfe13
 def record(

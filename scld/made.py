@@ -7,9 +7,10 @@ __all__ = ['imports_of', 'hangs_on', 'code_sha', 'Clock', 'Milestones', 'baselin
            'provenance', 'as_run', 'read_run', 'cells_at', 'settled', 'curve_steps', 'by_budgets', 'train_row',
            'by_name', 'about_row', 'about_training', 'make_cells', 'run_path', 'each_run', 'make_file', 'make_table']
 
-# %% ../nbs/06n_made.ipynb #9ace170e
+# %% ../nbs/06n_made.ipynb #a40d9a48
 import ast,contextlib,json,platform,sys,time,traceback,warnings
 from functools import lru_cache,partial
+from importlib.metadata import PackageNotFoundError,version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from .settings import read_settings
 from .standard import ask_each,cells_home
 from .storage import write_h5ad
 
-# %% ../nbs/06n_made.ipynb #85c7b273
+# %% ../nbs/06n_made.ipynb #f58ed36d
 def _text(module): return Path(find_spec('scld').origin).with_name(f'{module}.py')
 
 @lru_cache
@@ -60,7 +61,7 @@ def code_sha(
     "Hash of the files that modules hang on"
     return sha(b''.join(k.encode()+_text(k).read_bytes() for k in hangs_on(*modules, but=but)))
 
-# %% ../nbs/06n_made.ipynb #2127f803
+# %% ../nbs/06n_made.ipynb #ac4c71d3
 class Clock:
     "What was used since it was made, but for pauses"
     def __init__(self): self.start = self.now()
@@ -80,7 +81,7 @@ class Clock:
         gpu = dict(train_gpu_seconds=wall) if torch.cuda.is_available() else {}
         return dict(train_seconds=wall, train_cpu_seconds=cpu, **gpu)
 
-# %% ../nbs/06n_made.ipynb #b3d8bcbc
+# %% ../nbs/06n_made.ipynb #086e68c2
 class Milestones:
     "The hook of a training: cells at some of its steps, and its end when time is up"
     def __init__(self,
@@ -105,7 +106,7 @@ class Milestones:
         took = self.clock.took()
         with self.clock.paused(): self.points.append((dict(steps=step, **took),self.look()))
 
-# %% ../nbs/06n_made.ipynb #b8fa14bf
+# %% ../nbs/06n_made.ipynb #b7d56a02
 def baseline(
     name:str, # A name in `scld.latent.baselines`
     published:bool, # The published sizes and steps, or those for a CPU?
@@ -117,7 +118,7 @@ def baseline(
     device = dict(device='cuda') if 'device' in cls.defaults and torch.cuda.is_available() else {}
     return cls(**{**device, **(cls.full if published else {}), **own})
 
-# %% ../nbs/06n_made.ipynb #ce5eb765
+# %% ../nbs/06n_made.ipynb #e5c7cf70
 def steps_of(
     model:str, # `SCLD`, or a name in `scld.latent.baselines`
     settings:dict, # Its settings
@@ -134,7 +135,7 @@ def steps_of(
     steps = p.steps.get(model, getattr(m.cfg, 'steps', 0))
     return (m.budget(n) if steps is None else steps),m.budget(n)
 
-# %% ../nbs/06n_made.ipynb #b54e221d
+# %% ../nbs/06n_made.ipynb #20217983
 _ready = {} # The training of this process that ended last, by what it hangs on
 
 def _is_ready(key, at, until):
@@ -174,7 +175,7 @@ def _train(model, settings, data, preset, seed, steps, at, look, until):
     if steps and not hook.done: raise TimeoutError("time was up before the first step")
     return SimpleNamespace(model=m, steps=hook.done, ended=hook.done==steps, took=took, points=hook.points)
 
-# %% ../nbs/06n_made.ipynb #5769b663
+# %% ../nbs/06n_made.ipynb #e666458c
 def ask(
     system:System, # How cells are asked for
     model, # Trained
@@ -190,10 +191,14 @@ def ask(
         warnings.simplefilter('ignore') # Judges will say how good the cells are
         return model.sample(want, seed=seed, **how)
 
-# %% ../nbs/06n_made.ipynb #6ab2e8fd
+# %% ../nbs/06n_made.ipynb #8159914b
 def versions()->dict: # Version by package
     "What the figures of a run may hang on beside this package"
-    found = {k: sys.modules[k].__version__ for k in ('numpy','scipy','anndata','sklearn','scvi') if k in sys.modules}
+    def of(k):
+        try: return version(k)
+        except PackageNotFoundError: return None
+    found = {k: of(k) for k in ('numpy','scipy','anndata','scikit-learn','scvi-tools')}
+    found = {k: v for k,v in found.items() if v}
     return dict(version=__version__, python=platform.python_version(), torch=torch.__version__, **found)
 
 def provenance(
@@ -208,7 +213,7 @@ def provenance(
     about = dict(data=data, about=data_sets[data].about, preset=preset)
     return dict(about, **size, cells_sha256=cells_sha(train, test), **versions(), **machine)
 
-# %% ../nbs/06n_made.ipynb #a57a0373
+# %% ../nbs/06n_made.ipynb #82dc8660
 def as_run(
     parts:list, # Steps, label or empty, and counts of each part (CSR)
     var:pd.DataFrame, # Genes
@@ -237,7 +242,7 @@ def cells_at(
     "Some of the cells of a run"
     return a[((a.obs['scld_step']==step)&(a.obs['scld_asked']==label)).to_numpy()].copy()
 
-# %% ../nbs/06n_made.ipynb #89300679
+# %% ../nbs/06n_made.ipynb #a3b68991
 def settled(
     model, # `SCLD` or a baseline
     share:float, # Share of the steps that is done
@@ -254,7 +259,7 @@ def curve_steps(
     found = {round(c*steps) if c<1 else int(c) for c in curve}
     return tuple(sorted(k for k in found if least<=k<steps))
 
-# %% ../nbs/06n_made.ipynb #590e7d53
+# %% ../nbs/06n_made.ipynb #d4137f43
 def by_budgets(
     at:tuple, # Steps of each training
     fit, # Function of `steps` and `until` to a training, as from `trained`
@@ -292,7 +297,7 @@ def train_row(
         points = [(dict(p, settled=settled(t.model, p['steps']/whole), by='milestone'),a) for p,a in t.points]
     return t,points
 
-# %% ../nbs/06n_made.ipynb #e6ffcc97
+# %% ../nbs/06n_made.ipynb #4ae8b1ed
 def by_name(
     system:System, # A row
     model, # Trained
@@ -308,7 +313,7 @@ def by_name(
     n = {t: int(k) for t,k in test.obs[LABELS].value_counts().items() if k>=at_least and known.get(t, 0)>=5}
     return ask_each(partial(ask, system, model, seed=seed), n, LABELS)
 
-# %% ../nbs/06n_made.ipynb #a82ae715
+# %% ../nbs/06n_made.ipynb #2ebe5bdc
 def about_row(
     system:System, # A row
     model, # Trained
@@ -333,7 +338,7 @@ def about_training(
     ends = dict(ended=t.ended, settled=settled(t.model, t.steps/whole if whole else 1))
     return dict(steps=t.steps, of_steps=whole, epochs=round(t.steps*batch/n, 2), **share, **ends, **t.took)
 
-# %% ../nbs/06n_made.ipynb #91041da4
+# %% ../nbs/06n_made.ipynb #47f27e4b
 def make_cells(
     system:str|System, # A name in `systems`, or a row of another table
     data:str, # One of `data_sets`
@@ -354,7 +359,7 @@ def make_cells(
     about = about_row(s, t.model, seed)|provenance(data, preset)|about_training(s, t, preset, train.n_obs)
     return as_run(made, train.var, about|dict(cells_per_second=speed, asked=list(named), curve=[p for p,_ in points]))
 
-# %% ../nbs/06n_made.ipynb #9cecf4e1
+# %% ../nbs/06n_made.ipynb #b84a709e
 def run_path(
     home:Path|None, # Folder for cells of runs; `runs` in the folder that `$SCLD_CELLS` names if None
     table:str, # One of `tables`
@@ -368,7 +373,7 @@ def run_path(
     if home is None: raise FileNotFoundError(none)
     return Path(home)/table/preset/data/f'{name}.h5ad'
 
-# %% ../nbs/06n_made.ipynb #da5eef63
+# %% ../nbs/06n_made.ipynb #1931bd5b
 def _attempt(job, log):
     "What came of a job, and whether it failed"
     try: return job(),False
@@ -399,7 +404,7 @@ def each_run(
             if log: print(line, file=log, flush=True)
     return failed
 
-# %% ../nbs/06n_made.ipynb #536f9046
+# %% ../nbs/06n_made.ipynb #923f0c6f
 def _leads(table, preset, k):
     "Is this row the first of its table that asks its model?"
     rows = table_rows(table, preset)

@@ -205,7 +205,9 @@ def _alike(of):
     "Of results by preset and row: those judged on the same cells, most rows first, each row of its largest preset"
     tables = {}
     for p,rows in of.items():
-        for k,rs in rows.items(): tables.setdefault((rs[0].get('cells_sha256'),rs[0].get('n_trees')), {}).setdefault(k, rs)
+        for k,rs in rows.items():
+            judged_on = rs[0].get('cells_sha256'),rs[0].get('n_trees')
+            tables.setdefault(judged_on, {}).setdefault(k, rs)
     return max(tables.values(), key=len, default={})
 
 def best_results(
@@ -244,7 +246,7 @@ def earlier(
     mine = {k: rs for k,rs in results.items() if k in rows and rows[k].ours}
     return [rs[0]['system'] for k,rs in mine.items() if any(r.get('settings', today(k, r))!=today(k, r) for r in rs)]
 
-# %% ../nbs/07_experiments.ipynb #88e35826
+# %% ../nbs/07_experiments.ipynb #0885e3cd
 def remarks(
     results:dict, # By row
 )->str: # Sentences, each after a space; empty where there is nothing to say
@@ -252,13 +254,15 @@ def remarks(
     def of(said): return {rs[0]['system']: v for rs in results.values() if (v := said(rs))}
     several = len({r.get('preset') for rs in results.values() for r in rs})>1
     at = of(lambda rs: several and rs[0]['preset'])
-    old,cut = of(lambda rs: any('run_sha256' not in r for r in rs)),of(lambda rs: any(not r.get('ended', True) for r in rs))
+    old = of(lambda rs: any('run_sha256' not in r for r in rs))
+    cut = of(lambda rs: any(not r.get('ended', True) for r in rs))
     share = of(lambda rs: rs[0].get('budget_share', 1)<0.995 and f"{100*rs[0]['budget_share']:.3g} %")
     def with_values(v): return ', '.join(f'{k} {x}' for k,x in v.items())
     groups = {p: ', '.join(k for k,x in at.items() if x==p) for p in dict.fromkeys(at.values())}
     said = [
         ('By preset: ', '; '.join(f'`{p}`: {k}' for p,k in groups.items())),
-        ('Made before cells were kept, so not to be judged anew: ', 'all rows' if len(old)==len(results) else ', '.join(old)),
+        ('Made before cells were kept, so not to be judged anew: ',
+            'all rows' if len(old)==len(results) else ', '.join(old)),
         ('Ended by a deadline, before the training was over: ', ', '.join(cut)),
         ('Share of the published steps: ', with_values(share))]
     return ''.join(f' {a}{b}.' for a,b in said if b)

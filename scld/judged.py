@@ -6,7 +6,7 @@
 __all__ = ['guidances', 'ranks', 'typer', 'judge_mixture', 'judge_named', 'judge_curve', 'judge_run', 'run_sha', 'judge_sha',
            'run_system', 'look_for', 'run_guidance', 'judge_file', 'judge_table', 'run_table', 'command_line', 'main']
 
-# %% ../nbs/06o_judged.ipynb #6ba14f10
+# %% ../nbs/06o_judged.ipynb #cb7071af
 import argparse,json,sys
 from functools import lru_cache,partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .runs import LABELS,System,cells_sha,data_sets,experiment_cells,keep_runs,p
 from .standard import judge,judge_asked,judge_types
 from .storage import whole_file
 
-# %% ../nbs/06o_judged.ipynb #e2590c8e
+# %% ../nbs/06o_judged.ipynb #3b438c93
 @lru_cache(1)
 def typer(
     data:str, # One of `data_sets`
@@ -30,7 +30,7 @@ def typer(
     "The classifier of an experiment, which knows its training cells alone"
     return fit_typer(experiment_cells(data, preset)[0], LABELS)
 
-# %% ../nbs/06o_judged.ipynb #7cdeaae5
+# %% ../nbs/06o_judged.ipynb #4ae682a3
 def judge_mixture(
     test:AnnData, # Test cells
     synth:AnnData, # Cells to judge; real values where a system is judged on its own scale
@@ -44,7 +44,7 @@ def judge_mixture(
     figures = judge(test, synth, LABELS, n_trees, seed)
     return dict(figures, types_off=float(off), empty=float((synth.X.sum(1).A1==0).mean()))
 
-# %% ../nbs/06o_judged.ipynb #96ca08fe
+# %% ../nbs/06o_judged.ipynb #d1c75eeb
 def judge_named(
     train:AnnData, # Training cells
     test:AnnData, # Test cells
@@ -63,7 +63,7 @@ def judge_named(
     if not len(label): return dict(types=types)
     return dict(types=types, by_type=judge_types(train, test, made(dict.fromkeys(label)), LABELS))
 
-# %% ../nbs/06o_judged.ipynb #5a0a333b
+# %% ../nbs/06o_judged.ipynb #59f7bfc4
 def judge_curve(
     test:AnnData, # Test cells
     a:AnnData, # Cells of a run
@@ -105,7 +105,7 @@ def judge_sha()->str: # 16 hexadecimal digits
     "Hash of the modules that judge, without those that make"
     return code_sha('judged', but=('made','runs','model'))
 
-# %% ../nbs/06o_judged.ipynb #436c0083
+# %% ../nbs/06o_judged.ipynb #5b6bfdcf
 def run_system(
     system:str|System, # A name in `systems`, or a row of another table
     data:str, # One of `data_sets`
@@ -116,7 +116,7 @@ def run_system(
     "One row with one seed: make its cells and judge them"
     return judge_run(make_cells(system, data, preset, seed, **how))
 
-# %% ../nbs/06o_judged.ipynb #c913d51c
+# %% ../nbs/06o_judged.ipynb #f20c7fb6
 guidances = {-1.: 3000, -0.5: 2500, 0.: 2000, 0.5: 1500, 1.: 1000}
 ranks = dict(pbmc68k=4, brain_small=2)
 
@@ -132,7 +132,7 @@ def look_for(
         return (named==label).mean(),np.linalg.norm(z-centre, axis=1).mean(),z
     return look
 
-# %% ../nbs/06o_judged.ipynb #c1a96f91
+# %% ../nbs/06o_judged.ipynb #dad50a71
 def _tenths(z): return ' '.join(map(str, np.round(z*10).astype(int).ravel()))
 
 def run_guidance(
@@ -164,7 +164,7 @@ def run_guidance(
     about = about_row(row, t.model, seed)|provenance(data, preset)|t.took
     return dict(about, label=label, real=real, at=five)
 
-# %% ../nbs/06o_judged.ipynb #69e1a23a
+# %% ../nbs/06o_judged.ipynb #b14f2445
 def _say(r):
     "The figures of a run in a line"
     if 'cells' not in r: return 'done'
@@ -208,11 +208,11 @@ def judge_table(
     "Judge all runs of a table of which there are cells"
     run_path(home, table, preset, data, '')
     def do(k, s, seed):
-        name = f'{k}-{seed}'
-        return judge_file(run_path(home, table, preset, data, name), Path(folder,table,preset,data,f'{name}.json'), again)
+        out = Path(folder,table,preset,data,f'{k}-{seed}.json')
+        return judge_file(run_path(home, table, preset, data, f'{k}-{seed}'), out, again)
     return each_run(table, data, preset, do, seeds, only, log)
 
-# %% ../nbs/06o_judged.ipynb #cb97af7c
+# %% ../nbs/06o_judged.ipynb #043a71f3
 def run_table(
     table:str, # One of `tables`, or `figure5`
     data:str, # One of `data_sets`
@@ -235,7 +235,7 @@ def run_table(
         return judge_file(cells, out)
     return each_run(table, data, preset, do, seeds, only, log)
 
-# %% ../nbs/06o_judged.ipynb #8b69f833
+# %% ../nbs/06o_judged.ipynb #4fd27812
 def _list(kind): return lambda text: tuple(kind(v) for v in text.split(',') if v)
 
 def command_line()->argparse.ArgumentParser: # Of `main`
@@ -260,8 +260,8 @@ def main(
 )->int: # Exit status: 0; 1 when a run failed; 2 when what was asked for cannot be
     "Make the cells of a table, or judge them"
     a = vars(command_line().parse_args(argv))
-    what,only_make,only_judge = a.pop('what'),('deadline','curve','by'),('folder',)
-    for k in only_judge if what=='make' else only_make: a.pop(k)
-    try: return int(bool((make_table if what=='make' else judge_table)(**a)))
+    make = a.pop('what')=='make'
+    for k in ('folder',) if make else ('deadline','curve','by'): a.pop(k)
+    try: return int(bool((make_table if make else judge_table)(**a, log=sys.stderr)))
     except (ValueError,OSError) as e: print(f'scld.runs: {e}', file=sys.stderr)
     return 2

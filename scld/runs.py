@@ -11,6 +11,7 @@ __all__ = ['trained_models', 'presets', 'data_sets', 'LABELS', 'systems', 'fusio
 import hashlib,json,sys
 from dataclasses import dataclass,field
 from functools import lru_cache,partial
+from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData
@@ -119,7 +120,7 @@ def best_sets()->dict: # The paper's set: the data set to use for it; left out w
     found = {p: next(filter(here, [p,*stand_ins(p)]), None) for p in ('pbmc68k','brain_small')}
     return {p: name for p,name in found.items() if name}
 
-# %% ../nbs/06i_runs.ipynb #002a43c0
+# %% ../nbs/06i_runs.ipynb #4c84f75a
 LABELS = 'cell_type' # Column of `obs` with labels or clusters
 
 def sha(
@@ -135,7 +136,7 @@ def cells_sha(
     "Which cells of an experiment these are, by their names and those of their genes"
     return sha('\n'.join([*train.obs_names,'|',*test.obs_names,'|',*train.var_names]).encode())
 
-# %% ../nbs/06i_runs.ipynb #225bc0b3
+# %% ../nbs/06i_runs.ipynb #ecd4a19d
 def prepared(
     path:Path, # File that `prepare` wrote
 )->tuple: # Training cells and test cells
@@ -171,7 +172,7 @@ def experiment_cells(
     a = a[a.obs[LABELS].isin(many.index[many])].copy()
     return quick_cells(a, LABELS, min(p.n_cells, a.n_obs-1), p.n_genes, p.n_test)
 
-# %% ../nbs/06i_runs.ipynb #c15a25c5
+# %% ../nbs/06i_runs.ipynb #7c6ec477
 def _small(v): return v.astype(np.promote_types(np.min_scalar_type(int(v.max(initial=0))), np.int16))
 
 def prepare(
@@ -270,8 +271,7 @@ def results_of(
     order = [*tables.get(table, {}),*found]
     return {k: found[k] for k in sorted(found, key=order.index)}
 
-# %% ../nbs/06i_runs.ipynb #2186d44d
+# %% ../nbs/06i_runs.ipynb #93625bc4
 #| eval: false
 if __name__=='__main__':
-    from scld.judged import main
-    sys.exit(main())
+    sys.exit(import_module('scld.judged').main())

@@ -120,7 +120,7 @@ def best_sets()->dict: # The paper's set: the data set to use for it; left out w
     found = {p: next(filter(here, [p,*stand_ins(p)]), None) for p in ('pbmc68k','brain_small')}
     return {p: name for p,name in found.items() if name}
 
-# %% ../nbs/06i_runs.ipynb #4c84f75a
+# %% ../nbs/06i_runs.ipynb #407f81d5
 LABELS = 'cell_type' # Column of `obs` with labels or clusters
 
 def sha(
@@ -136,7 +136,7 @@ def cells_sha(
     "Which cells of an experiment these are, by their names and those of their genes"
     return sha('\n'.join([*train.obs_names,'|',*test.obs_names,'|',*train.var_names]).encode())
 
-# %% ../nbs/06i_runs.ipynb #ecd4a19d
+# %% ../nbs/06i_runs.ipynb #92e3adfc
 def prepared(
     path:Path, # File that `prepare` wrote
 )->tuple: # Training cells and test cells
@@ -172,8 +172,8 @@ def experiment_cells(
     a = a[a.obs[LABELS].isin(many.index[many])].copy()
     return quick_cells(a, LABELS, min(p.n_cells, a.n_obs-1), p.n_genes, p.n_test)
 
-# %% ../nbs/06i_runs.ipynb #7c6ec477
-def _small(v): return v.astype(np.promote_types(np.min_scalar_type(int(v.max(initial=0))), np.int16))
+# %% ../nbs/06i_runs.ipynb #039435e4
+def _narrow(v): return v.astype(np.promote_types(np.min_scalar_type(int(v.max(initial=0))), np.int16))
 
 def prepare(
     data:str, # One of `data_sets`
@@ -188,7 +188,7 @@ def prepare(
     for k,a in zip(('train','test'), both):
         code = pd.Categorical(a.obs[LABELS], kinds).codes
         parts |= {f'{k}_label': code, f'{k}_names': a.obs_names.to_numpy(str)}
-        parts |= {f'{k}_{p}': _small(getattr(a.X, p)) for p in ('data','indices','indptr')}
+        parts |= {f'{k}_{p}': _narrow(getattr(a.X, p)) for p in ('data','indices','indptr')}
     names = dict(kinds=np.array(kinds, str), genes=both[0].var_names.to_numpy(str), sha=cells_sha(*both))
     with whole_file(path, replace=True) as part,open(part, 'wb') as f: np.savez_compressed(f, **parts, **names)
     return Path(path)
@@ -271,7 +271,7 @@ def results_of(
     order = [*tables.get(table, {}),*found]
     return {k: found[k] for k in sorted(found, key=order.index)}
 
-# %% ../nbs/06i_runs.ipynb #93625bc4
+# %% ../nbs/06i_runs.ipynb #9fc07ef2
 #| eval: false
 if __name__=='__main__':
     sys.exit(import_module('scld.judged').main())

@@ -133,7 +133,11 @@ def _learn(self:ACTIVA, X, seed, steps, progress):
     self.net.eval()
 
 @patch
-def settled(self:ACTIVA, share:float)->bool: return share==1 or share>self.cfg.warmup
+def settled(self:ACTIVA,
+    share:float, # Share of the steps that is done
+)->bool: # Not while it is warm
+    "Would a training of so many steps have ended as this one stands there?"
+    return share==1 or share>self.cfg.warmup
 
 # %% ../nbs/06g_latent.ipynb #537b3f4a
 def until(
@@ -207,7 +211,11 @@ def _learn(self:ScVI, X, seed, steps, progress):
 
 # %% ../nbs/06g_latent.ipynb #1f241609
 @patch(cls_method=True)
-def budget(cls:ScVI, n:int)->int: return int(0.9*n)*cls.epochs(n)//cls.defaults['batch'] # It learns from nine tenths
+def budget(cls:ScVI,
+    n:int, # Number of training cells
+)->int: # Optimiser steps
+    "As many steps as its passes over nine tenths of the cells make, from which it learns"
+    return int(0.9*n)*cls.epochs(n)//cls.defaults['batch']
 
 @patch
 def _train(self:ScVI, SCVI, X, steps, progress):
@@ -229,7 +237,7 @@ def _find_latents(self:ScVI):
     self.z = self.model.get_latent_representation(give_mean=False)
     self.model.is_trained_ = was
 
-# %% ../nbs/06g_latent.ipynb #14af0448
+# %% ../nbs/06g_latent.ipynb #d53b8cbd
 @patch
 def _hook(self:ScVI, epochs):
     "What the package calls after each epoch"
@@ -398,7 +406,11 @@ def _learn(self:LatentDiffusion, X, seed, steps, progress):
     train(self.net, noise_loss, steps, 'noise predictor', self.at)
 
 @patch
-def settled(self:LatentDiffusion, share:float)->bool: return share==1 # The learning rate falls to nothing by the end
+def settled(self:LatentDiffusion,
+    share:float, # Share of the steps that is done
+)->bool: # At the end alone, where the learning rate has fallen
+    "Would a training of so many steps have ended as this one stands there?"
+    return share==1
 
 # %% ../nbs/06g_latent.ipynb #50bb0380
 @patch

@@ -45,33 +45,23 @@ PACK,PACKS = 15_800_000,4 # Bytes of a file of arrays, and how many such files a
 
 def prepare(a):
     "Write what the run needs into a folder: cells, package, script"
-    from scld.runs import LABELS, experiment_cells, provenance
+    from scld.runs import prepare as write_cells
     import scld
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    for d in SETS:
-        train,test = experiment_cells(d, 'laptop')
-        parts = {f'{k}_{p}': getattr(v.X, p)
-            for k,v in dict(train=train, test=test).items() for p in ('data','indices','indptr')}
-        small = {k: v.astype(np.int32 if k.endswith('indptr') else np.int16) for k,v in parts.items()}
-        code = {f'{k}_label': v.obs[LABELS].cat.codes.to_numpy(np.int8) for k,v in dict(train=train, test=test).items()}
-        kinds,genes = list(map(str, train.obs[LABELS].cat.categories)),np.array(list(map(str, train.var_names)))
-        np.savez_compressed(out/f'{d}.npz', **small, **code,
-            kinds=kinds, genes=genes, sha=provenance(d, 'laptop')['cells_sha256'])
+    for d in SETS: write_cells(d, 'laptop', out/f'{d}.npz')
     shutil.copytree(Path(scld.__file__).parent, out/'scld',
         dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(__file__, out/'card.py')
 
-def read_cells(folder, name, genes=0):
+def read_cells(folder, name, n_genes=0):
     "Counts of training and test cells, labels, and the hash of the experiment; only some genes for a rehearsal"
-    f = np.load(Path(folder)/f'{name}.npz')
-    shape = lambda k: (len(f[f'{k}_indptr'])-1,len(f['genes']))
-    csr = lambda k: sparse.csr_matrix((f[f'{k}_data'].astype(np.float32),f[f'{k}_indices'].astype(np.int32),
-        f[f'{k}_indptr']), shape=shape(k))
-    some = np.sort(np.argsort(-csr('train').sum(0).A1)[:genes or None])
-    return SimpleNamespace(name=name, train=csr('train')[:,some], test=csr('test')[:,some],
-        label=f['train_label'].astype(np.int64),
-                           kinds=list(map(str, f['kinds'])), genes=f['genes'][some], sha=str(f['sha']))
+    from scld.runs import LABELS, cells_sha, prepared
+    train,test = prepared(Path(folder)/f'{name}.npz')
+    label,genes = train.obs[LABELS].cat,train.var_names.to_numpy()
+    some = np.sort(np.argsort(-train.X.sum(0).A1)[:n_genes or None])
+    return SimpleNamespace(name=name, train=train.X[:,some], test=test.X[:,some], label=label.codes.to_numpy(np.int64),
+        kinds=list(label.categories), genes=genes[some], sha=cells_sha(train, test))
 
 def scaled(X):
     "Counts scaled to a sum of 20,000, without logarithm"

@@ -30,13 +30,23 @@ class Baseline:
         if unknown: raise ValueError(why)
         self.cfg = SimpleNamespace(**{**self.defaults,**settings})
 
+# %% ../nbs/06e_baselines.ipynb #74cb0339
+@patch
+def budget(self:Baseline,
+    n:int, # Number of training cells
+)->int: # Optimiser steps
+    "Steps by the settings: whole epochs where `epochs` is set, else `steps`; 0 for a system without training"
+    epochs = getattr(self.cfg, 'epochs', None)
+    if epochs is None: return getattr(self.cfg, 'steps', 0)
+    return epochs*max(n//self.cfg.batch, 1)
+
 # %% ../nbs/06e_baselines.ipynb #78c85c65
 @patch
 def fit(self:Baseline,
     adata:AnnData, # Cells to learn from, counts in `X`; not changed
     labels:str|None=None, # Column of `obs` with the types, for systems that use them
     seed:int=0, # Same seed, same system
-    steps:int|None=None, # Optimiser steps, for systems that are trained; their own setting if absent
+    steps:int|None=None, # Optimiser steps, for systems that are trained; by their own settings if absent
     progress:bool=False, # Show a bar on stderr?
 )->Baseline: # Itself
     "Learn from `adata`; `ValueError` where `X` is not counts, a cell is empty or labels are missing"
@@ -50,7 +60,7 @@ def fit(self:Baseline,
     if len(empty): raise ValueError(f"{len(empty):,} cells have no counts, the first {empty[0]!r}; leave them out")
     known = None if labels is None else read_labels(adata, labels, few=0)
     self.code,self.categories = (None,[]) if known is None else (known.codes.astype(int),list(known.categories))
-    self._learn(X, seed, getattr(self.cfg, 'steps', 0) if steps is None else steps, progress)
+    self._learn(X, seed, self.budget(X.shape[0]) if steps is None else steps, progress)
     return self
 
 # %% ../nbs/06e_baselines.ipynb #10a03699
@@ -346,7 +356,7 @@ def sugar_kernel(
     near = np.exp(-(far/h)**2)
     return np.where(near<1e-3, 0., near),h
 
-# %% ../nbs/06e_baselines.ipynb #7f175f29
+# %% ../nbs/06e_baselines.ipynb #b2c2462e
 def sugar_geometry(
     z:np.ndarray, # Cells, shape (n, d)
     k:int=5, # Nearest cells, itself among them, that make up a neighbourhood

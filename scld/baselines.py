@@ -30,7 +30,7 @@ class Baseline:
         if unknown: raise ValueError(why)
         self.cfg = SimpleNamespace(**{**self.defaults,**settings})
 
-# %% ../nbs/06e_baselines.ipynb #74cb0339
+# %% ../nbs/06e_baselines.ipynb #a0d9cfca
 @patch
 def budget(self:Baseline,
     n:int, # Number of training cells
@@ -356,7 +356,7 @@ def sugar_kernel(
     near = np.exp(-(far/h)**2)
     return np.where(near<1e-3, 0., near),h
 
-# %% ../nbs/06e_baselines.ipynb #b2c2462e
+# %% ../nbs/06e_baselines.ipynb #785222d0
 def sugar_geometry(
     z:np.ndarray, # Cells, shape (n, d)
     k:int=5, # Nearest cells, itself among them, that make up a neighbourhood

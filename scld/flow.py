@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nb_loss', 'CountAE', 'on_the_line', 'follow', 'FlowBlock', 'Velocity', 'flow_loss', 'guided', 'CFGen']
 
-# %% ../nbs/06fa_flow.ipynb #76eebfa6
+# %% ../nbs/06fa_flow.ipynb #55c00c1a
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -13,19 +13,20 @@ from .baselines import Baseline,mlp
 from .training import fit as fit_network,seeded
 from .unet import timestep_embedding
 
-# %% ../nbs/06fa_flow.ipynb #a6bd4915
+# %% ../nbs/06fa_flow.ipynb #452839fa
 def nb_loss(
     x:torch.Tensor, # Counts, shape (n, n_genes)
     mean:torch.Tensor, # Expected counts, above 0, shape (n, n_genes)
     log_theta:torch.Tensor, # Logarithm of the inverse dispersion of each gene, shape (n_genes,)
 )->torch.Tensor: # Nats a cell, scalar
     "Negative binomial log-likelihood with the sign turned, equation (B18)"
-    th = log_theta.exp()
-    log_p = torch.lgamma(x+th)-torch.lgamma(th)-torch.lgamma(x+1)
-    log_p = log_p-th*torch.log1p(mean/th)+x*(mean/(th+mean)).log()
-    return -log_p.sum(1).mean()
+    th,found = log_theta.exp(),x.nonzero(as_tuple=True)
+    count,own = x[found],th[found[1]]
+    mu = mean[found]
+    some = torch.lgamma(count+own)-torch.lgamma(own)-torch.lgamma(count+1)+count*(mu/(own+mu)).log()
+    return ((th*torch.log1p(mean/th)).sum()-some.sum())/len(x)
 
-# %% ../nbs/06fa_flow.ipynb #f80b965f
+# %% ../nbs/06fa_flow.ipynb #ce2acdb0
 class CountAE(nn.Module):
     "Autoencoder of counts, equation (B18)"
     def __init__(self,
@@ -42,7 +43,7 @@ class CountAE(nn.Module):
     def decode(self, z, library): return library[:,None]*self.decoder(z).softmax(1)
     def loss(self, x): return nb_loss(x, self.decode(self.encode(x), x.sum(1)).clamp(min=1e-6), self.log_theta)
 
-# %% ../nbs/06fa_flow.ipynb #56063bc2
+# %% ../nbs/06fa_flow.ipynb #a2070724
 def on_the_line(
     z1:torch.Tensor, # Latents, shape (n, n_latent)
     z0:torch.Tensor, # Noise, shape of `z1`
@@ -51,7 +52,7 @@ def on_the_line(
     "Where a straight way is at a time, and how fast it goes, equation (B19)"
     return (1-t[:,None])*z0+t[:,None]*z1,z1-z0
 
-# %% ../nbs/06fa_flow.ipynb #809ed841
+# %% ../nbs/06fa_flow.ipynb #fa124f25
 def follow(
     v, # Function of places, shape (n, n_latent), and a time to velocities
     z0:torch.Tensor, # Noise, shape (n, n_latent)
@@ -65,7 +66,7 @@ def follow(
         z = z+h*(first+second)/2
     return z
 
-# %% ../nbs/06fa_flow.ipynb #0f60a384
+# %% ../nbs/06fa_flow.ipynb #ccfb7e95
 class FlowBlock(nn.Module):
     "A block of the velocity network: reads a vector and an embedding, and adds to the vector"
     def __init__(self,
@@ -79,7 +80,7 @@ class FlowBlock(nn.Module):
         for p in self.second[1].parameters(): nn.init.zeros_(p)
     def forward(self, h, emb): return h+self.second(self.first(h)+self.hear(emb))
 
-# %% ../nbs/06fa_flow.ipynb #60d8e649
+# %% ../nbs/06fa_flow.ipynb #6d404b0b
 class Velocity(nn.Module):
     "Velocity at a place and time, for a library size and a label, equation (B19)"
     def __init__(self,
@@ -102,7 +103,7 @@ class Velocity(nn.Module):
         for block in self.blocks: h = block(h, emb)
         return self.leave(h)
 
-# %% ../nbs/06fa_flow.ipynb #d2b6ee9e
+# %% ../nbs/06fa_flow.ipynb #d23c2f47
 def flow_loss(
     net:Velocity, # Network
     z1:torch.Tensor, # Latents, shape (n, n_latent)
@@ -117,7 +118,7 @@ def flow_loss(
     zt,v = on_the_line(z1, torch.randn_like(z1), t)
     return F.mse_loss(net(zt, t, size, heard), v)
 
-# %% ../nbs/06fa_flow.ipynb #46148f70
+# %% ../nbs/06fa_flow.ipynb #b2ebcd8f
 def guided(
     net:Velocity, # Network
     size:torch.Tensor, # Library sizes from 0 to 1, shape (n,)
@@ -133,7 +134,7 @@ def guided(
         return free if w==0 else free+w*(net(z, t, size, code)-free)
     return v
 
-# %% ../nbs/06fa_flow.ipynb #110db44e
+# %% ../nbs/06fa_flow.ipynb #260be9ae
 class CFGen(Baseline):
     "Autoencoder of counts and a flow in its latents; after Palma et al. 2025, equations (B18) to (B20)"
     conditional = True
@@ -147,14 +148,14 @@ class CFGen(Baseline):
         guidance=1., # w of (B20)
         calls=25, # Steps of the flow, two calls each
         epochs=400, # Epochs of the flow
-        ae_epochs=200, # Epochs of the autoencoder
+        ae_epochs=100, # Epochs of the autoencoder
         batch=256, # Cells a step
         lr=2e-3, # Peak learning rate of the flow
         ae_lr=2e-3, # Peak learning rate of the autoencoder
         device='cpu') # Where to train
     full = dict(ae_widths=[512,256], width=64, n_emb=100, epochs=1500, ae_epochs=300, lr=1e-4, ae_lr=1e-3)
 
-# %% ../nbs/06fa_flow.ipynb #3fc1bd35
+# %% ../nbs/06fa_flow.ipynb #7e8f37eb
 @patch
 def _learn(self:CFGen, X, seed, steps, progress):
     "Train the autoencoder, then the flow in its latents"
@@ -173,7 +174,7 @@ def _learn(self:CFGen, X, seed, steps, progress):
     def loss(idx): return flow_loss(self.net, z[idx.to(c.device)], size[idx], self.given[idx.to(c.device)], c.kept)
     fit_network(self.net, loss, steps=max(steps, 1), lr=c.lr, desc='flow', **how)
 
-# %% ../nbs/06fa_flow.ipynb #e9758b64
+# %% ../nbs/06fa_flow.ipynb #057e866d
 @patch
 def _size(self:CFGen,
     library, # Library sizes, in counts, shape (n,)
@@ -182,7 +183,7 @@ def _size(self:CFGen,
     low,high = np.log(self.library.min()),np.log(self.library.max())
     return torch.from_numpy((np.log(library)-low)/max(high-low, 1e-9)).float().to(self.cfg.device)
 
-# %% ../nbs/06fa_flow.ipynb #dcb60843
+# %% ../nbs/06fa_flow.ipynb #03b1982c
 @patch
 @torch.no_grad()
 def _draw(self:CFGen, n, code, rng):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nb_loss', 'CountAE', 'on_the_line', 'follow', 'FlowBlock', 'Velocity', 'flow_loss', 'guided', 'CFGen']
 
-# %% ../nbs/06fa_flow.ipynb #55c00c1a
+# %% ../nbs/06fa_flow.ipynb #40951414
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -13,7 +13,7 @@ from .baselines import Baseline,mlp
 from .training import fit as fit_network,seeded
 from .unet import timestep_embedding
 
-# %% ../nbs/06fa_flow.ipynb #452839fa
+# %% ../nbs/06fa_flow.ipynb #44a055e0
 def nb_loss(
     x:torch.Tensor, # Counts, shape (n, n_genes)
     mean:torch.Tensor, # Expected counts, above 0, shape (n, n_genes)
@@ -26,7 +26,7 @@ def nb_loss(
     some = torch.lgamma(count+own)-torch.lgamma(own)-torch.lgamma(count+1)+count*(mu/(own+mu)).log()
     return ((th*torch.log1p(mean/th)).sum()-some.sum())/len(x)
 
-# %% ../nbs/06fa_flow.ipynb #ce2acdb0
+# %% ../nbs/06fa_flow.ipynb #41ea5808
 class CountAE(nn.Module):
     "Autoencoder of counts, equation (B18)"
     def __init__(self,
@@ -43,7 +43,7 @@ class CountAE(nn.Module):
     def decode(self, z, library): return library[:,None]*self.decoder(z).softmax(1)
     def loss(self, x): return nb_loss(x, self.decode(self.encode(x), x.sum(1)).clamp(min=1e-6), self.log_theta)
 
-# %% ../nbs/06fa_flow.ipynb #a2070724
+# %% ../nbs/06fa_flow.ipynb #11345a47
 def on_the_line(
     z1:torch.Tensor, # Latents, shape (n, n_latent)
     z0:torch.Tensor, # Noise, shape of `z1`
@@ -52,7 +52,7 @@ def on_the_line(
     "Where a straight way is at a time, and how fast it goes, equation (B19)"
     return (1-t[:,None])*z0+t[:,None]*z1,z1-z0
 
-# %% ../nbs/06fa_flow.ipynb #fa124f25
+# %% ../nbs/06fa_flow.ipynb #276f0aeb
 def follow(
     v, # Function of places, shape (n, n_latent), and a time to velocities
     z0:torch.Tensor, # Noise, shape (n, n_latent)
@@ -66,7 +66,7 @@ def follow(
         z = z+h*(first+second)/2
     return z
 
-# %% ../nbs/06fa_flow.ipynb #ccfb7e95
+# %% ../nbs/06fa_flow.ipynb #a79aba0c
 class FlowBlock(nn.Module):
     "A block of the velocity network: reads a vector and an embedding, and adds to the vector"
     def __init__(self,
@@ -80,7 +80,7 @@ class FlowBlock(nn.Module):
         for p in self.second[1].parameters(): nn.init.zeros_(p)
     def forward(self, h, emb): return h+self.second(self.first(h)+self.hear(emb))
 
-# %% ../nbs/06fa_flow.ipynb #6d404b0b
+# %% ../nbs/06fa_flow.ipynb #edab4f03
 class Velocity(nn.Module):
     "Velocity at a place and time, for a library size and a label, equation (B19)"
     def __init__(self,
@@ -103,7 +103,7 @@ class Velocity(nn.Module):
         for block in self.blocks: h = block(h, emb)
         return self.leave(h)
 
-# %% ../nbs/06fa_flow.ipynb #d23c2f47
+# %% ../nbs/06fa_flow.ipynb #d69a8ae1
 def flow_loss(
     net:Velocity, # Network
     z1:torch.Tensor, # Latents, shape (n, n_latent)
@@ -118,7 +118,7 @@ def flow_loss(
     zt,v = on_the_line(z1, torch.randn_like(z1), t)
     return F.mse_loss(net(zt, t, size, heard), v)
 
-# %% ../nbs/06fa_flow.ipynb #b2ebcd8f
+# %% ../nbs/06fa_flow.ipynb #da6a85b0
 def guided(
     net:Velocity, # Network
     size:torch.Tensor, # Library sizes from 0 to 1, shape (n,)
@@ -134,7 +134,7 @@ def guided(
         return free if w==0 else free+w*(net(z, t, size, code)-free)
     return v
 
-# %% ../nbs/06fa_flow.ipynb #260be9ae
+# %% ../nbs/06fa_flow.ipynb #e72b587f
 class CFGen(Baseline):
     "Autoencoder of counts and a flow in its latents; after Palma et al. 2025, equations (B18) to (B20)"
     conditional = True
@@ -155,7 +155,7 @@ class CFGen(Baseline):
         device='cpu') # Where to train
     full = dict(ae_widths=[512,256], width=64, n_emb=100, epochs=1500, ae_epochs=300, lr=1e-4, ae_lr=1e-3)
 
-# %% ../nbs/06fa_flow.ipynb #7e8f37eb
+# %% ../nbs/06fa_flow.ipynb #a13e7fbc
 @patch
 def _learn(self:CFGen, X, seed, steps, progress):
     "Train the autoencoder, then the flow in its latents"
@@ -174,7 +174,7 @@ def _learn(self:CFGen, X, seed, steps, progress):
     def loss(idx): return flow_loss(self.net, z[idx.to(c.device)], size[idx], self.given[idx.to(c.device)], c.kept)
     fit_network(self.net, loss, steps=max(steps, 1), lr=c.lr, desc='flow', **how)
 
-# %% ../nbs/06fa_flow.ipynb #057e866d
+# %% ../nbs/06fa_flow.ipynb #0dcb3198
 @patch
 def _size(self:CFGen,
     library, # Library sizes, in counts, shape (n,)
@@ -183,7 +183,7 @@ def _size(self:CFGen,
     low,high = np.log(self.library.min()),np.log(self.library.max())
     return torch.from_numpy((np.log(library)-low)/max(high-low, 1e-9)).float().to(self.cfg.device)
 
-# %% ../nbs/06fa_flow.ipynb #03b1982c
+# %% ../nbs/06fa_flow.ipynb #97874fe6
 @patch
 @torch.no_grad()
 def _draw(self:CFGen, n, code, rng):

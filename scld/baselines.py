@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Baseline', 'mlp', 'log_share', 'to_counts', 'fit_typer', 'Random', 'Positive', 'splat_logistic', 'splat_draw',
            'splat_means', 'splat_gene_means', 'common_dispersion', 'scatter_df', 'splat_estimate', 'Splatter',
-           'sugar_geometry', 'sugar_levels', 'sugar_diffuse', 'SUGAR']
+           'sugar_kernel', 'sugar_geometry', 'sugar_levels', 'sugar_diffuse', 'SUGAR']
 
 # %% ../nbs/06e_baselines.ipynb #74c0c75e
 from types import SimpleNamespace
@@ -22,7 +22,6 @@ from .training import at_rest,heed
 class Baseline:
     "What all systems share: checked counts in, new cells of the same genes out"
     conditional = False # Can it be asked for a label?
-    epochs = None # Published passes over the training cells, a function of their number; None where steps are published
     needs_labels = False # Can it learn from labelled cells only?
     defaults,full = {},{} # Settings to start from, and those of the published budget
     at = None # Hook of the training, as in `scld.training.fit`
@@ -34,14 +33,15 @@ class Baseline:
         if unknown: raise ValueError(why)
         self.cfg = SimpleNamespace(**{**self.defaults,**settings})
 
-# %% ../nbs/06e_baselines.ipynb #3c663163
-@patch(cls_method=True)
-def budget(cls:Baseline,
+# %% ../nbs/06e_baselines.ipynb #a0d9cfca
+@patch
+def budget(self:Baseline,
     n:int, # Number of training cells
-)->int: # Optimiser steps; 0 for systems that are not trained
-    "The steps that its authors trained, or as many as their passes over the cells make here"
-    if not cls.epochs: return cls.full.get('steps', 0)
-    return cls.epochs(n)*n//cls.defaults['batch']
+)->int: # Optimiser steps
+    "Steps by the settings: whole epochs where `epochs` is set, else `steps`; 0 for a system without training"
+    epochs = getattr(self.cfg, 'epochs', None)
+    if epochs is None: return getattr(self.cfg, 'steps', 0)
+    return epochs*max(n//self.cfg.batch, 1)
 
 # %% ../nbs/06e_baselines.ipynb #78c85c65
 @patch
@@ -49,7 +49,7 @@ def fit(self:Baseline,
     adata:AnnData, # Cells to learn from, counts in `X`; not changed
     labels:str|None=None, # Column of `obs` with the types, for systems that use them
     seed:int=0, # Same seed, same system
-    steps:int|None=None, # Optimiser steps, for systems that are trained; their own setting if absent
+    steps:int|None=None, # Optimiser steps, for systems that are trained; by their own settings if absent
     progress:bool=False, # Show a bar on stderr?
     at=None, # Hook, for systems that are trained: is called with the share of the steps that is done
 )->Baseline: # Itself
@@ -64,7 +64,6 @@ def fit(self:Baseline,
     if len(empty): raise ValueError(f"{len(empty):,} cells have no counts, the first {empty[0]!r}; leave them out")
     known = None if labels is None else read_labels(adata, labels, few=0)
     self.code,self.categories = (None,[]) if known is None else (known.codes.astype(int),list(known.categories))
-    if steps is None: steps = getattr(self.cfg, 'steps', 0)
     self.steps,self.at = self.budget(len(self.library)) if steps is None else steps,at
     try: self._learn(X, seed, self.steps, progress)
     finally: del self.at
@@ -365,27 +364,41 @@ def _draw_one(self:Splatter, k, n, rng):
     return splat_draw(means, library, p['bcv'], p['df'], rng, p['zeros'])
 
 # %% ../nbs/06e_baselines.ipynb #36a40f78
+def sugar_kernel(
+    a:np.ndarray, # Points, shape (m, d)
+    b:np.ndarray, # Points, shape (n, d)
+    k:int=5, # The bandwidth of a point of `b` is its distance to the k-th nearest of `a`, itself not counted
+    one:bool=False, # The median of these bandwidths, for all points alike?
+)->tuple: # How near they are, from 0 to 1, shape (m, n); the bandwidths, shape (n,)
+    "Gaussian kernel that ends at 0.001, equation (B6)"
+    from sklearn.metrics.pairwise import euclidean_distances
+    far = euclidean_distances(a, b)
+    h = np.sort(far, axis=0)[min(k, len(a)-1)].clip(1e-12)
+    if one: h = np.full(len(b), np.median(h))
+    near = np.exp(-(far/h)**2)
+    return np.where(near<1e-3, 0., near),h
+
+# %% ../nbs/06e_baselines.ipynb #785222d0
 def sugar_geometry(
     z:np.ndarray, # Cells, shape (n, d)
     k:int=5, # Nearest cells, itself among them, that make up a neighbourhood
 )->tuple: # Degrees, shape (n,); differences U to the mean of the neighbourhood, shape (n, k, d); the bandwidth
     "How dense the data are at each cell, and which way they go: UᵀU is the covariance of a neighbourhood"
-    from sklearn.metrics.pairwise import euclidean_distances
     from sklearn.neighbors import NearestNeighbors
-    far,near = NearestNeighbors(n_neighbors=k).fit(z).kneighbors(z)
-    width = np.median(far[:,-1])
-    degree = np.exp(-euclidean_distances(z, squared=True)/(2*width**2)).sum(1)
-    return degree,(z[near]-z[near].mean(1, keepdims=True))/(k-1)**0.5,width
+    kernel,h = sugar_kernel(z, z, k, one=True)
+    near = NearestNeighbors(n_neighbors=k).fit(z).kneighbors(z, return_distance=False)
+    return kernel.sum(0),(z[near]-z[near].mean(1, keepdims=True))/(k-1)**0.5,h[0]
 
 # %% ../nbs/06e_baselines.ipynb #1420fe86
 def sugar_levels(
     degree:np.ndarray, # Degree of each cell, shape (n,)
     U:np.ndarray, # Differences within its neighbourhood, shape (n, k, d)
     width:float, # Bandwidth of the degrees
+    equalize:bool=False, # Make all places equally dense?
 )->np.ndarray: # Share of new points to make around each cell, shape (n,), sums to 1
     "How many points each cell gets, equation (B6)"
-    det = np.linalg.det(np.eye(U.shape[1])+U@U.transpose(0,2,1)/(2*width**2))
-    level = det**0.5*(degree.max()-degree)
+    level = degree.max()-degree
+    if equalize: level = level*np.linalg.det(np.eye(U.shape[1])+U@U.transpose(0,2,1)/(2*width**2))**0.5
     return level/level.sum() if level.sum()>0 else np.full(len(degree), 1/len(degree))
 
 # %% ../nbs/06e_baselines.ipynb #e42aeb31
@@ -393,17 +406,19 @@ def sugar_diffuse(
     y:np.ndarray, # New points, shape (m, d)
     z:np.ndarray, # Cells, shape (n, d)
     degree:np.ndarray, # Degrees of the cells, shape (n,)
-    k:int=5, # The kernel of a point is as wide as its distance to the k-th cell
+    k:int=5, # Bandwidths are distances to the k-th neighbour
     t:int=1, # Steps of diffusion
 )->np.ndarray: # Points nearer to the data, shape (m, d)
     "Measure-based diffusion, equation (B7)"
-    from sklearn.metrics.pairwise import euclidean_distances
-    d2 = euclidean_distances(y, z, squared=True)
-    A = np.exp(-d2/np.partition(d2, k-1, axis=1)[:,[k-1]])
-    K = (A/degree)@A.T
-    P = K/K.sum(1, keepdims=True)
-    out = np.linalg.matrix_power(P, t)@y
-    return out*(0.99*z.max()/out.max()) if t else out
+    if not t: return y
+    L = (sugar_kernel(y, z, k)[0]/degree)@sugar_kernel(z, y, k)[0]
+    K = (L+L.T)/2
+    P = K/K.sum(1, keepdims=True).clip(1e-12)
+    top,out = np.percentile(y, 95, axis=0),y
+    for _ in range(t):
+        out = P@out
+        out = out*(top/np.percentile(out, 95, axis=0))
+    return out
 
 # %% ../nbs/06e_baselines.ipynb #dc53ed8b
 class SUGAR(Baseline):
@@ -411,9 +426,10 @@ class SUGAR(Baseline):
     defaults = dict(
         n_pcs=50, # Principal components
         k=5, # Neighbours
-        t=1, # Steps of diffusion
+        t=0, # Steps of diffusion
+        equalize=False, # Make all places equally dense?
         max_cells=5000, # Training cells to use, at most
-        counts='poisson') # How values become counts; None: not at all
+        counts='log') # How values become counts; None: not at all
     def _learn(self, X, seed, steps, progress):
         from sklearn.decomposition import PCA
         self.rows = np.sort(np.random.default_rng(seed).permutation(X.shape[0])[:self.cfg.max_cells])
@@ -422,7 +438,7 @@ class SUGAR(Baseline):
         self.z = self.pca.transform(x).astype(float)
         self.degree,self.U,self.width = sugar_geometry(self.z, self.cfg.k)
     def _draw(self, n, code, rng):
-        i = rng.choice(len(self.z), n, p=sugar_levels(self.degree, self.U, self.width))
+        i = rng.choice(len(self.z), n, p=sugar_levels(self.degree, self.U, self.width, self.cfg.equalize))
         y = self.z[i]+np.einsum('nk,nkd->nd', rng.normal(size=(n,self.cfg.k)), self.U[i])
         y = sugar_diffuse(y, self.z, self.degree, self.cfg.k, self.cfg.t)
         code = None if self.code is None else self.code[self.rows[i]]

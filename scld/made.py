@@ -132,8 +132,8 @@ def steps_of(
         config = own.pop('config', 'default')
         return read_settings(config, own)['steps'],read_settings(config)['steps']*(config=='paper')
     m = baseline(model, p.published, settings)
-    steps = p.steps.get(model, getattr(m.cfg, 'steps', 0))
-    return (m.budget(n) if steps is None else steps),m.budget(n)
+    whole = type(m)(**m.full).budget(n) if m.full else 0
+    return p.steps.get(model, m.budget(n)),whole
 
 # %% ../nbs/06n_made.ipynb #20217983
 _ready = {} # The training of this process that ended last, by what it hangs on
@@ -333,7 +333,8 @@ def about_training(
 )->dict: # Ready for JSON
     "How long a row was trained, in steps, passes over the cells, seconds, and as a share of the published budget"
     whole,budget = steps_of(system.model, system.settings, preset, n)
-    batch = 256 if system.model=='SCLD' else getattr(t.model.cfg, 'batch', 0) # Of our diffusion, twice 128
+    if system.model=='SCLD': batch = 128*t.model.settings['wider'] # Of the diffusion
+    else: batch = getattr(t.model.cfg, 'batch', 0)
     share = dict(budget_share=round(t.steps/budget, 6)) if budget else {}
     ends = dict(ended=t.ended, settled=settled(t.model, t.steps/whole if whole else 1))
     return dict(steps=t.steps, of_steps=whole, epochs=round(t.steps*batch/n, 2), **share, **ends, **t.took)

@@ -762,7 +762,7 @@ def latent(ctx, data, seed, milestones):
     "A model after scDiffusion at published widths, on logged values, without labels"
     gen,t,x,s = generator(ctx, 'latent', data, seed),time.time(),ctx.x[data]['log'],schedule(ctx)
     n,G = x.shape
-    ae,net = LatentAE(G, 128, [1024,1024,1024]).to(ctx.dev),SkipMLP(128, [512,512,256,128], 512).to(ctx.dev)
+    ae,net = LatentAE(G, 128, [1024,1024,1024]).to(ctx.dev),SkipMLP(128, [512,512,256,128]).to(ctx.dev)
     pa,oa = optimiser(torch.optim.AdamW, ae, 5e-4)
     def rebuild(): b = x[randint(n, 128, gen)]; downhill(pa, oa, F.mse_loss(ae(b), b))
     ae.train()

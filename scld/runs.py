@@ -64,7 +64,7 @@ class Preset:
     steps:dict=field(default_factory=dict) # Training steps of each baseline; those of its settings where none are named
     published:bool=False # Give baselines their published sizes and budgets? Else those they have for a CPU
 
-trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion')
+trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion','CFGen')
 _quick = dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800)
 _small = dict(widths=[64,48,32], n_emb=64, steps=600)
 presets = dict(
@@ -205,7 +205,8 @@ class System:
     types:bool=True # Judge types by name, if the model can be asked for them?
     ours:bool=False # Is it this library's?
 
-def _ours(title, config, **how): return System(title, 'SCLD', dict(config=config), ours=True, **how)
+def _ours(title, config, by_label=False, keep=1., types=True, **settings):
+    return System(title, 'SCLD', dict(config=config, **settings), by_label, keep, types, ours=True)
 
 systems = {
     'positive': System('real training cells', 'Positive'),
@@ -215,11 +216,16 @@ systems = {
     'scgan': System('scGAN', 'scGAN'),
     'cscgan': System('cscGAN', 'cscGAN'),
     'activa': System('ACTIVA', 'ACTIVA'),
+    'copula': System('copula (scDesign-like)', 'copula'),
     'scvi': System('scVI', 'scVI'),
+    'cfgen': System('flow (CFGen-like)', 'CFGen'),
     'latent': System('latent diffusion (scDiffusion-like)', 'latent diffusion'),
-    'paper': _ours('SCLD, paper’s settings', 'paper', types=False),
-    'paper-pre': _ours('SCLD, paper’s settings, pre', 'paper', by_label=True),
-    'paper-pre-post': _ours('SCLD, paper’s settings, pre and post', 'paper', by_label=True, keep=0.8),
+    'paper': _ours('SCLD as printed', 'paper', types=False, share=1.),
+    'paper-pre': _ours('SCLD as printed, pre', 'paper', by_label=True),
+    'paper-pre-post': _ours('SCLD as printed, pre and post', 'paper', by_label=True, keep=0.8),
+    'log': _ours('SCLD as printed, logged', 'paper_log', types=False, share=1.),
+    'log-pre': _ours('SCLD as printed, logged, pre', 'paper_log', by_label=True),
+    'log-pre-post': _ours('SCLD as printed, logged, pre and post', 'paper_log', by_label=True, keep=0.8),
     'scld': _ours('scld, default', 'default', by_label=True),
     'scld-scorer': _ours('scld, default, scorer', 'default', by_label=True, keep=0.8)}
 

@@ -6,14 +6,14 @@
 __all__ = ['count_table', 'log_likelihood', 'golden', 'best_theta', 'fit_counts', 'cdf_table', 'normal_scores', 'counts_of',
            'shrinkage', 'draw_scores', 'Copula', 'around_depth']
 
-# %% ../nbs/06ea_copula.ipynb #f2de2e94
+# %% ../nbs/06ea_copula.ipynb #f42cb1ee
 import numpy as np
 from fastcore.basics import patch
 from scipy import sparse
 from scipy.special import betainc,gammaln,ndtr,ndtri
 from .baselines import Baseline
 
-# %% ../nbs/06ea_copula.ipynb #7ad8218d
+# %% ../nbs/06ea_copula.ipynb #1601d40f
 def count_table(
     X:sparse.csr_matrix, # Counts, shape (n, n_genes)
 )->tuple: # Gene, count, and number of cells with this count of this gene, each shape (n_pairs,); zeros come last
@@ -23,7 +23,7 @@ def count_table(
     zeros = X.shape[0]-X.getnnz(0)
     return np.r_[pairs[0],np.arange(n)],np.r_[pairs[1],np.zeros(n, int)],np.r_[times,zeros]
 
-# %% ../nbs/06ea_copula.ipynb #b3999085
+# %% ../nbs/06ea_copula.ipynb #bd64c445
 def log_likelihood(
     table:tuple, # From `count_table`
     mean:np.ndarray, # Mean count of each gene, above 0, shape (n_genes,)
@@ -38,7 +38,7 @@ def log_likelihood(
     log_p = np.where(x==0, np.log(p+(1-p)*np.exp(log_nb)), np.log1p(-p)+log_nb)
     return np.bincount(gene, times*log_p, len(mean))
 
-# %% ../nbs/06ea_copula.ipynb #e10186e4
+# %% ../nbs/06ea_copula.ipynb #ad792c93
 def golden(
     f, # Function of places, shape (n,), to heights, shape (n,)
     low:np.ndarray, # Left ends, shape (n,)
@@ -53,7 +53,7 @@ def golden(
         low,high = np.where(left, low, a),np.where(left, b, high)
     return (low+high)/2,f((low+high)/2)
 
-# %% ../nbs/06ea_copula.ipynb #b70d2cf5
+# %% ../nbs/06ea_copula.ipynb #12bd8e8d
 def best_theta(
     table:tuple, # From `count_table`
     mean:np.ndarray, # Mean count of each gene, above 0, shape (n_genes,)
@@ -64,7 +64,7 @@ def best_theta(
     place,height = golden(lambda v: log_likelihood(table, mean, np.exp(v), pi), *ends)
     return np.exp(place),height
 
-# %% ../nbs/06ea_copula.ipynb #e74ed88a
+# %% ../nbs/06ea_copula.ipynb #91939a48
 def fit_counts(
     X:sparse.csr_matrix, # Counts of one type, shape (n, n_genes)
     inflate:bool=True, # Allow a zero-inflated distribution?
@@ -84,7 +84,7 @@ def fit_counts(
         pi[j] = share*zeros[j]
     return dict(mean=mean, theta=theta, pi=pi)
 
-# %% ../nbs/06ea_copula.ipynb #89da7267
+# %% ../nbs/06ea_copula.ipynb #e8f5c92b
 def cdf_table(
     mean:float, # Mean count
     theta:float, # Inverse dispersion
@@ -98,7 +98,7 @@ def cdf_table(
     while betainc(theta, far+1, theta/(theta+mu))<1-1e-6: far *= 2
     return pi+(1-pi)*betainc(theta, np.arange(far+1)+1, theta/(theta+mu))
 
-# %% ../nbs/06ea_copula.ipynb #d56b3f07
+# %% ../nbs/06ea_copula.ipynb #bcd6415a
 def normal_scores(
     x:np.ndarray, # Counts of a gene, shape (n,)
     F:np.ndarray, # Its distribution function, from `cdf_table`
@@ -109,7 +109,7 @@ def normal_scores(
     u = steps[x]+v*(steps[x+1]-steps[x])
     return ndtri(u.clip(1e-5, 1-1e-5))
 
-# %% ../nbs/06ea_copula.ipynb #a5769f3e
+# %% ../nbs/06ea_copula.ipynb #9947d47f
 def counts_of(
     g:np.ndarray, # Normal scores of a gene, shape (n,)
     F:np.ndarray, # Its distribution function, from `cdf_table`
@@ -117,7 +117,7 @@ def counts_of(
     "From scores to counts, equation (B15)"
     return np.searchsorted(F, ndtr(g)).clip(max=len(F)-1)
 
-# %% ../nbs/06ea_copula.ipynb #57b30ab8
+# %% ../nbs/06ea_copula.ipynb #290d0af3
 def shrinkage(
     G:np.ndarray, # Scores with mean 0 and variance 1 over cells, shape (n, n_genes)
 )->float: # λ, from 0 to 1
@@ -129,7 +129,7 @@ def shrinkage(
     scatter = (own**2).sum()/n-all2-((G**4).mean(0)-1).sum()
     return float(np.clip(scatter/(n-1)/max(all2-diagonal, 1e-12), 0, 1))
 
-# %% ../nbs/06ea_copula.ipynb #a93e3e7b
+# %% ../nbs/06ea_copula.ipynb #f6584fcc
 def draw_scores(
     G:np.ndarray, # Scores with mean 0 and variance 1 over cells, shape (n, n_genes)
     lam:float, # λ of (B16)
@@ -140,7 +140,7 @@ def draw_scores(
     mixture = rng.normal(size=(m,len(G)))@G/len(G)**0.5
     return (1-lam)**0.5*mixture+lam**0.5*rng.normal(size=mixture.shape)
 
-# %% ../nbs/06ea_copula.ipynb #641d2fbe
+# %% ../nbs/06ea_copula.ipynb #eca96d59
 class Copula(Baseline):
     "Distributions of genes, coupled by a Gaussian; after scDesign2, Sun et al. 2021, equations (B14) to (B16)"
     conditional = True
@@ -164,7 +164,7 @@ class Copula(Baseline):
         for k in np.unique(own): out[own==k] = self._draw_kind(self.kinds[k], (own==k).sum(), rng)
         return out,code
 
-# %% ../nbs/06ea_copula.ipynb #3a8cb9d2
+# %% ../nbs/06ea_copula.ipynb #c7c4f5ce
 @patch
 def _fit_kind(self:Copula,
     X:sparse.csr_matrix, # Counts of one type, shape (n, n_genes)
@@ -186,7 +186,7 @@ def _fit_kind(self:Copula,
     lam = shrinkage(G) if self.cfg.shrink and G.shape[1]>1 else 0.
     return dict(fit=fit, inside=inside, alone=alone, F=F, G=G, lam=lam, library=np.sort(library))
 
-# %% ../nbs/06ea_copula.ipynb #5f8b8d60
+# %% ../nbs/06ea_copula.ipynb #53c27538
 def around_depth(
     theta:np.ndarray, # Inverse dispersions over all cells, any shape
     library:np.ndarray, # Library sizes, shape (n,)
@@ -195,7 +195,7 @@ def around_depth(
     c2 = library.var()/library.mean()**2
     return 1/((1+1/theta)/(1+c2)-1).clip(1e-4)
 
-# %% ../nbs/06ea_copula.ipynb #58679c20
+# %% ../nbs/06ea_copula.ipynb #191b5550
 @patch
 def _draw_kind(self:Copula, kind, n, rng):
     "Counts of `n` cells of one type"

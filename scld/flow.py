@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nb_loss', 'CountAE', 'on_the_line', 'follow', 'FlowBlock', 'Velocity', 'flow_loss', 'guided', 'CFGen']
 
-# %% ../nbs/06fa_flow.ipynb #40951414
+# %% ../nbs/06fa_flow.ipynb #dbe0aac5
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -13,7 +13,7 @@ from .baselines import Baseline,mlp
 from .training import fit as fit_network,seeded
 from .unet import timestep_embedding
 
-# %% ../nbs/06fa_flow.ipynb #44a055e0
+# %% ../nbs/06fa_flow.ipynb #cbea8485
 def nb_loss(
     x:torch.Tensor, # Counts, shape (n, n_genes)
     mean:torch.Tensor, # Expected counts, above 0, shape (n, n_genes)
@@ -26,7 +26,7 @@ def nb_loss(
     some = torch.lgamma(count+own)-torch.lgamma(own)-torch.lgamma(count+1)+count*(mu/(own+mu)).log()
     return ((th*torch.log1p(mean/th)).sum()-some.sum())/len(x)
 
-# %% ../nbs/06fa_flow.ipynb #41ea5808
+# %% ../nbs/06fa_flow.ipynb #bd413b89
 class CountAE(nn.Module):
     "Autoencoder of counts, equation (B18)"
     def __init__(self,
@@ -43,7 +43,25 @@ class CountAE(nn.Module):
     def decode(self, z, library): return library[:,None]*self.decoder(z).softmax(1)
     def loss(self, x): return nb_loss(x, self.decode(self.encode(x), x.sum(1)).clamp(min=1e-6), self.log_theta)
 
-# %% ../nbs/06fa_flow.ipynb #11345a47
+# %% ../nbs/06fa_flow.ipynb #a434651c
+@patch
+def begin(self:CountAE,
+    total:np.ndarray, # All counts of each gene, shape (n_genes,)
+):
+    "Let the decoder begin at the mean share of each gene, in place"
+    share = torch.as_tensor((total+0.1)/(total+0.1).sum(), dtype=torch.float32)
+    with torch.no_grad(): self.decoder[-1].bias.copy_(share.log())
+
+# %% ../nbs/06fa_flow.ipynb #b7c64686
+@patch
+def param_groups(self:CountAE,
+    lr:float, # Learning rate of the layers
+)->list: # For the optimiser
+    "Inverse dispersions have a learning rate of their own, and no weight decay"
+    layers = [p for k,p in self.named_parameters() if k!='log_theta']
+    return [dict(params=layers, lr=lr),dict(params=[self.log_theta], lr=30*lr, weight_decay=0.)]
+
+# %% ../nbs/06fa_flow.ipynb #e7ca65c3
 def on_the_line(
     z1:torch.Tensor, # Latents, shape (n, n_latent)
     z0:torch.Tensor, # Noise, shape of `z1`
@@ -52,7 +70,7 @@ def on_the_line(
     "Where a straight way is at a time, and how fast it goes, equation (B19)"
     return (1-t[:,None])*z0+t[:,None]*z1,z1-z0
 
-# %% ../nbs/06fa_flow.ipynb #276f0aeb
+# %% ../nbs/06fa_flow.ipynb #1cc579ca
 def follow(
     v, # Function of places, shape (n, n_latent), and a time to velocities
     z0:torch.Tensor, # Noise, shape (n, n_latent)
@@ -66,7 +84,7 @@ def follow(
         z = z+h*(first+second)/2
     return z
 
-# %% ../nbs/06fa_flow.ipynb #a79aba0c
+# %% ../nbs/06fa_flow.ipynb #2b571d00
 class FlowBlock(nn.Module):
     "A block of the velocity network: reads a vector and an embedding, and adds to the vector"
     def __init__(self,
@@ -80,7 +98,7 @@ class FlowBlock(nn.Module):
         for p in self.second[1].parameters(): nn.init.zeros_(p)
     def forward(self, h, emb): return h+self.second(self.first(h)+self.hear(emb))
 
-# %% ../nbs/06fa_flow.ipynb #edab4f03
+# %% ../nbs/06fa_flow.ipynb #8ef5a6cb
 class Velocity(nn.Module):
     "Velocity at a place and time, for a library size and a label, equation (B19)"
     def __init__(self,
@@ -103,7 +121,7 @@ class Velocity(nn.Module):
         for block in self.blocks: h = block(h, emb)
         return self.leave(h)
 
-# %% ../nbs/06fa_flow.ipynb #d69a8ae1
+# %% ../nbs/06fa_flow.ipynb #2cd8824b
 def flow_loss(
     net:Velocity, # Network
     z1:torch.Tensor, # Latents, shape (n, n_latent)
@@ -118,7 +136,7 @@ def flow_loss(
     zt,v = on_the_line(z1, torch.randn_like(z1), t)
     return F.mse_loss(net(zt, t, size, heard), v)
 
-# %% ../nbs/06fa_flow.ipynb #da6a85b0
+# %% ../nbs/06fa_flow.ipynb #e9f51776
 def guided(
     net:Velocity, # Network
     size:torch.Tensor, # Library sizes from 0 to 1, shape (n,)
@@ -134,7 +152,7 @@ def guided(
         return free if w==0 else free+w*(net(z, t, size, code)-free)
     return v
 
-# %% ../nbs/06fa_flow.ipynb #e72b587f
+# %% ../nbs/06fa_flow.ipynb #c8ae491d
 class CFGen(Baseline):
     "Autoencoder of counts and a flow in its latents; after Palma et al. 2025, equations (B18) to (B20)"
     conditional = True
@@ -148,33 +166,47 @@ class CFGen(Baseline):
         guidance=1., # w of (B20)
         calls=25, # Steps of the flow, two calls each
         epochs=400, # Epochs of the flow
-        ae_epochs=100, # Epochs of the autoencoder
+        ae_epochs=20, # Epochs of the autoencoder, at most
+        held=0.1, # Share of the cells, 500 at most, whose loss chooses the autoencoder's weights; 0 for the last
         batch=256, # Cells a step
         lr=2e-3, # Peak learning rate of the flow
         ae_lr=2e-3, # Peak learning rate of the autoencoder
         device='cpu') # Where to train
     full = dict(ae_widths=[512,256], width=64, n_emb=100, epochs=1500, ae_epochs=300, lr=1e-4, ae_lr=1e-3)
 
-# %% ../nbs/06fa_flow.ipynb #a13e7fbc
+# %% ../nbs/06fa_flow.ipynb #74205666
+@patch
+def _learn_counts(self:CFGen, X, steps, how):
+    "Train the autoencoder; a tenth of the cells, set aside, says when to stop"
+    c,n = self.cfg,X.shape[0]
+    order = np.random.default_rng(how['seed']).permutation(n)
+    aside,own = np.split(order, [min(int(c.held*n), 500)])
+    def cells(idx): return torch.from_numpy(X[np.asarray(idx)].toarray()).to(c.device)
+    watch = dict(validate=lambda ae: ae.loss(cells(aside))) if len(aside) else {}
+    self.ae.begin(np.asarray(X.sum(0)).ravel())
+    fit_network(self.ae, lambda idx: self.ae.loss(cells(own[idx])), len(own), steps, lr=c.ae_lr, **watch, **how)
+    with torch.no_grad(): z = torch.cat([self.ae.encode(cells(i)) for i in np.array_split(np.arange(n), n//1000+1)])
+    self.centre,self.scale = z.mean(0),z.std(0).clamp(min=1e-6)
+    return (z-self.centre)/self.scale
+
+# %% ../nbs/06fa_flow.ipynb #812913a2
 @patch
 def _learn(self:CFGen, X, seed, steps, progress):
     "Train the autoencoder, then the flow in its latents"
     c,n = self.cfg,X.shape[0]
     self.given = torch.from_numpy(np.zeros(n, int) if self.code is None else self.code).to(c.device)
-    def cells(idx): return torch.from_numpy(X[np.asarray(idx)].toarray()).to(c.device)
     with seeded(seed):
         self.ae = CountAE(X.shape[1], c.n_latent, c.ae_widths).to(c.device)
         self.net = Velocity(c.n_latent, len(self.categories), c.width, c.n_blocks, c.n_emb).to(c.device)
-    how = dict(n=n, batch_size=c.batch, seed=seed, progress=progress)
-    ae_steps = max(steps*c.ae_epochs//c.epochs, 1)
-    fit_network(self.ae, lambda idx: self.ae.loss(cells(idx)), steps=ae_steps, lr=c.ae_lr, desc='autoencoder', **how)
-    with torch.no_grad(): z = torch.cat([self.ae.encode(cells(i)) for i in np.array_split(np.arange(n), n//1000+1)])
-    self.centre,self.scale = z.mean(0),z.std(0).clamp(min=1e-6)
-    z,size = (z-self.centre)/self.scale,self._size(self.library)
-    def loss(idx): return flow_loss(self.net, z[idx.to(c.device)], size[idx], self.given[idx.to(c.device)], c.kept)
-    fit_network(self.net, loss, steps=max(steps, 1), lr=c.lr, desc='flow', **how)
+    how = dict(batch_size=c.batch, seed=seed, progress=progress, desc='CFGen')
+    z = self._learn_counts(X, max(steps*c.ae_epochs//c.epochs, 1), how)
+    size = self._size(self.library)
+    def loss(idx):
+        i = idx.to(c.device)
+        return flow_loss(self.net, z[i], size[i], self.given[i], c.kept)
+    fit_network(self.net, loss, n, max(steps, 1), lr=c.lr, **how)
 
-# %% ../nbs/06fa_flow.ipynb #0dcb3198
+# %% ../nbs/06fa_flow.ipynb #aa56ee98
 @patch
 def _size(self:CFGen,
     library, # Library sizes, in counts, shape (n,)
@@ -183,7 +215,7 @@ def _size(self:CFGen,
     low,high = np.log(self.library.min()),np.log(self.library.max())
     return torch.from_numpy((np.log(library)-low)/max(high-low, 1e-9)).float().to(self.cfg.device)
 
-# %% ../nbs/06fa_flow.ipynb #97874fe6
+# %% ../nbs/06fa_flow.ipynb #d39d57f4
 @patch
 @torch.no_grad()
 def _draw(self:CFGen, n, code, rng):

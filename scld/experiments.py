@@ -133,7 +133,7 @@ def ahead_by_type(
 )->str: # A sentence for the caption
     "In how many types is this library's best conditional row lower than every other system?"
     t = by_types({k: rs for k,rs in results.items() if k!='positive'})
-    title = {systems[k].title: systems[k].ours for k in results}
+    title = {rs[0]['system']: systems[k].ours for k,rs in results.items()}
     mine,rest = ([c for c in t if title[c]==own] for own in (True,False))
     if not mine or not rest: return 'Too few conditional rows have been run to compare types.'
     mean = t.loc['mean over types']

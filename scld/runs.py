@@ -68,7 +68,7 @@ trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion','CFGen')
 _quick = dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800)
 _small = dict(widths=[64,48,32], n_emb=64, steps=600)
 presets = dict(
-    quick=Preset(600, 300, 150, 50, 20, (0,), 0.05, _quick, dict.fromkeys(trained_models, 100)),
+    quick=Preset(600, 300, 150, 20, 10, (0,), 0.05, _quick, dict.fromkeys(trained_models, 100)),
     small=Preset(2500, 1000, 500, 300, 300, (0,), 0.2, _small),
     laptop=Preset(None, None, 1500, 1000, 1000, (0,1,2), 1.),
     full=Preset(None, None, None, 1000, 1000, (0,1,2,3,4), 1., published=True))

@@ -220,12 +220,12 @@ systems = {
     'scvi': System('scVI', 'scVI'),
     'cfgen': System('flow (CFGen-like)', 'CFGen'),
     'latent': System('latent diffusion (scDiffusion-like)', 'latent diffusion'),
-    'paper': _ours('SCLD as printed', 'paper', types=False, share=1.),
-    'paper-pre': _ours('SCLD as printed, pre', 'paper', by_label=True),
-    'paper-pre-post': _ours('SCLD as printed, pre and post', 'paper', by_label=True, keep=0.8),
-    'log': _ours('SCLD as printed, logged', 'paper_log', types=False, share=1.),
-    'log-pre': _ours('SCLD as printed, logged, pre', 'paper_log', by_label=True),
-    'log-pre-post': _ours('SCLD as printed, logged, pre and post', 'paper_log', by_label=True, keep=0.8),
+    'paper': _ours('SCLD, paper’s settings', 'paper', types=False, share=1.),
+    'paper-pre': _ours('SCLD, paper’s settings, pre', 'paper', by_label=True),
+    'paper-pre-post': _ours('SCLD, paper’s settings, pre and post', 'paper', by_label=True, keep=0.8),
+    'log': _ours('SCLD, paper’s settings, logged', 'paper_log', types=False, share=1.),
+    'log-pre': _ours('SCLD, paper’s settings, logged, pre', 'paper_log', by_label=True),
+    'log-pre-post': _ours('SCLD, paper’s settings, logged, pre and post', 'paper_log', by_label=True, keep=0.8),
     'scld': _ours('scld, default', 'default', by_label=True),
     'scld-scorer': _ours('scld, default, scorer', 'default', by_label=True, keep=0.8)}
 

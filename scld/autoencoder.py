@@ -295,8 +295,8 @@ class Autoencoder(nn.Module):
         self.likelihood = likelihoods[likelihood](n_genes)
         self.features = features[reads](n_genes, n_latent)
         def two(ni, no):
-            drop,last = nn.Dropout(dropout),nn.Linear(n_hidden, no)
-            return nn.Sequential(nn.Linear(ni, n_hidden), *between[layers](n_hidden), drop, last)
+            first,last = nn.Linear(ni, n_hidden),nn.Linear(n_hidden, no)
+            return nn.Sequential(first, *between[layers](n_hidden), nn.Dropout(dropout), last)
         self.encoder = two(self.features.n_out, n_latent if noise is not None else 2*n_latent)
         self.decoder = two(n_latent, self.likelihood.n_out)
         self.centres = nn.Parameter(torch.zeros(n_labels, n_latent)) if n_labels and noise!=0 else None

@@ -28,8 +28,8 @@ from .post_guidance import (Labeller,Recognition,Scorer,candidates,check_heard,f
     recognised_real,recognised_unseen)
 from .labels import read_labels
 from .pre_guidance import Denoiser,draw_evenly,even_weights
-from .requests import (Blocks,PerRow,as_csr,beside,codes_of,distinct,draw_seen,in_parts,join,known_codes,random_for,read_any,
-    unseen,witnessed,without_witness)
+from .requests import (Blocks,PerRow,as_csr,beside,codes_of,distinct,draw_seen,in_parts,join,known_codes,
+    random_for,read_any,unseen,without_witness,witnessed)
 from .scale import Standardize,depths
 from .saved import free_name,read_model,with_weights,write_cells,write_model
 from .settings import defaults,in_range,in_ranges,pick_device,read_settings,sampling,training
@@ -612,7 +612,8 @@ def sample(self:SCLD,
     out = None if out is None else free_name(out)
     steps = self._calls(steps)
     how = in_ranges(sampling, guidance=guidance, keep=keep, steps=steps, seed=seed, floor=floor, depth=depth)
-    if self.values and depth!=1: raise ValueError(f"depth={depth}: {VALUES}, and only counts can be thinned or deepened")
+    why = f"depth={depth}: {VALUES}, and only counts can be thinned or deepened"
+    if self.values and depth!=1: raise ValueError(why)
     at_once = in_range('batch_size', batch_size, sampling['batch_size'])
     self._refuse_unready(keep)
     request,how['n'] = self._read_request(n)

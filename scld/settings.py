@@ -34,11 +34,11 @@ def in_range(
 
 # %% ../nbs/04b_settings.ipynb #407fc5e6
 defaults = dict(
-    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; of values: `mse` (logged), `mse_scaled` (the paper's)
+    likelihood='jackpots', # Of counts: `jackpots`, `nb`, `poisson`; of values: `mse` (logged), `mse_scaled` (paper)
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
-    reads='pearson', # What the encoder reads: `pearson` (components of residuals), or all genes: `log`, `scaled` (the paper's)
+    reads='pearson', # What the encoder reads: `pearson` (components of residuals), all genes `log`ged or `scaled` (paper)
     layers='norm', # Between two linear layers of it: `norm` (LayerNorm and SiLU), or `relu` (the paper's)
     prior=0.03, # Scale that weights of the decoder's last layer are expected to have; 0 for no expectation
     tails=1., # How rare large weights are: degrees of freedom of Student's t; None for a Gaussian
@@ -124,7 +124,8 @@ def read_settings(
     for k,known in choices.items():
         if s[k] not in list(known): raise ValueError(f"no {k} {s[k]!r}; choose from {list(known)}")
     if s['depth']=='none' and not s['likelihood'].startswith('mse'):
-        raise ValueError(f"depth='none' leaves no library size to draw counts by; likelihood={s['likelihood']!r} needs one")
+        none = "depth='none' leaves no library size to draw counts by"
+        raise ValueError(f"{none}; likelihood={s['likelihood']!r} needs one")
     s = {k: in_range(k, v, ranges[k]) if k in ranges else v for k,v in s.items()}
     if s['n_emb']%2: raise ValueError(f"n_emb={s['n_emb']} must be even: half of it are sines, half cosines")
     return s

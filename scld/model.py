@@ -45,6 +45,7 @@ FACTS = 'labels','categories','colors','genes','unnamed','seen' # What a model k
 
 class SCLD:
     "Single-cell latent diffusion: learns from an AnnData of counts, draws new cells"
+    later = () # Settings that there were not yet when the model was saved
     @use_kwargs_dict(**defaults)
     def __init__(self,
         adata, # Training cells, never changed: an AnnData (backed or not), the path of a file, or a `CountStream`
@@ -540,7 +541,8 @@ def _config(self:SCLD):
     tables = {t: {k: v.tolist() for k,v in getattr(self, t).items()} for t in ('var','label_table')}
     facts = {k: getattr(self, k) for k in FACTS if self.conditions or k!='seen'}
     if self.conditions: facts['conditions'] = [vars(c) for c in self.columns[1:]]
-    return dict(facts, **tables, settings=self.settings, scored=self.scored, start=self.started)
+    settings = {k: v for k,v in self.settings.items() if k not in self.later}
+    return dict(facts, **tables, settings=settings, scored=self.scored, start=self.started)
 
 @patch
 def _weights(self:SCLD, scorer=True):
@@ -694,7 +696,8 @@ def save(self:SCLD,
 def _shapes(self:SCLD, config):
     "Become the model of a config, without values in its arrays, and return these"
     self.settings,self.scored,self.started = (config[k] for k in ('settings','scored','start'))
-    self.settings = {**defaults, **self.settings} # Settings that came later than the model are as they always were
+    self.later = [k for k in defaults if k not in self.settings] # Younger than the model: as they always were
+    self.settings = {**self.settings, **{k: defaults[k] for k in self.later}}
     self._describe(config)
     with steady(), torch.device('meta'): self._build(torch.zeros(sum(self.columns.sizes)+1, len(self.genes)))
     return self.net.state_dict()

@@ -114,7 +114,7 @@ def check_config(
     try: settings = read_settings('default', config['settings'])
     except (KeyError,TypeError,ValueError,AttributeError) as e:
         raise ValueError(f"{where} is not what a model needs: settings: {e}") from e
-    return dict(config, settings=settings)
+    return dict(config, settings={k: v for k,v in settings.items() if k in config['settings']})
 
 # %% ../nbs/04c_saved.ipynb #dcc42fda
 def parse_config(

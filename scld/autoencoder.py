@@ -280,7 +280,7 @@ class Autoencoder(nn.Module):
         dropout:float=0., # Share of hidden units dropped while training
         likelihood:str='nb', # `nb` or `poisson` (counts), or `mse` and `mse_scaled` (values, the paper's)
         noise:float|None=None, # Standard deviation of the noise on latents; learnt if absent, 0 for the paper's latent
-        reads:str='pearson', # What the encoder reads: `pearson` (components of residuals); `log`, `scaled` (the paper's)
+        reads:str='pearson', # What the encoder reads: `pearson` (components of residuals); `log`, `scaled` (paper)
         layers:str='norm', # What stands between two linear layers: `norm` (LayerNorm and SiLU), or `relu` (the paper's)
         prior:float=0.03, # Scale expected of the last layer's weights, equations (A13) and (A14); 0 for no prior
         tails:float|None=1., # Degrees of freedom of the Student t prior (A14); None for the Gaussian (A13)

@@ -106,7 +106,8 @@ class _Best:
 # %% ../nbs/00d_training.ipynb #7898be9d
 class _Run:
     "What changes while `fit` runs"
-    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0, rate='falls'):
+    def __init__(self, model, steps, lr=1e-3, ema=0., validate=None, patience=6, desc='', before_step=None, free=0,
+                 rate='falls'):
         store_attr('model,steps,ema,before_step')
         self.desc = desc or 'training'
         self.history,self.waiting = [],[]   # losses, and those not yet read

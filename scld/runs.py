@@ -65,7 +65,7 @@ class Preset:
     published:bool=False # Give baselines their published sizes and budgets? Else those they have for a CPU
 
 trained_models = ('scGAN','cscGAN','ACTIVA','scVI','latent diffusion','CFGen')
-_quick = dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=800)
+_quick = dict(n_hidden=64, widths=[64,48], n_emb=32, T=100, steps=300)
 _small = dict(widths=[64,48,32], n_emb=64, steps=600)
 presets = dict(
     quick=Preset(600, 300, 150, 20, 10, (0,), 0.05, _quick, dict.fromkeys(trained_models, 100)),

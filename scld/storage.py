@@ -231,7 +231,7 @@ def check(self:SparseRows):
     n,step = len(self.group['data']),2**20
     total = sum(self.group['data'][i:i+step].sum(dtype=np.float64) for i in range(0, n, step))
     there = np.array([len(self.group['indptr'])-1, len(self.group['indices']), total])
-    if (there!=self.seen).any() or n!=self.seen[1] or self.seen[0]!=self.shape[0]:
+    if not np.allclose(there, self.seen, rtol=1e-12, atol=0) or n!=self.seen[1] or self.seen[0]!=self.shape[0]:
         held = f"the file holds {there.tolist()} rows, values and counts"
         raise OSError(f"{held} instead of {self.seen.tolist()}; is the disk sound?")
 

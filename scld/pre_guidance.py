@@ -8,14 +8,14 @@ __all__ = ['conditions', 'cluster_means', 'Embed', 'contrast', 'level_means', 'b
 
 # %% ../nbs/04_pre_guidance.ipynb #dea8f80d
 from math import prod
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
 from .diffusion import NoiseSchedule,draw_rows
 from .autoencoder import pick
 from .columns import common_effects
-from .unet import UNet,choose
+from .unet import Among,UNet,choose
 
 # %% ../nbs/04_pre_guidance.ipynb #0be0cae5
 def _refuse_small(size, min_label, names):
@@ -124,7 +124,12 @@ class Denoiser(nn.Module):
         alike = (~self.apart.view(-1)).repeat_interleave(torch.tensor(self.sizes, device=own.device))
         own[:-1][alike] = own[-1]
         self.heard = own
-    def forward(self, zt, t, label): return self.unet(zt, t, pick(self.embed(self.heard), label))
+    def told(self, table, label):
+        "What the network is given of labels: the embedding of each, or, to look among them, all of them with a mark"
+        if not isinstance(getattr(self.unet, 'entry', None), Among): return pick(table, label)
+        asked = label if label.is_floating_point() else F.one_hot(label.long(), len(table)).to(table)
+        return self.unet.entry.tokens(table, asked)
+    def forward(self, zt, t, label): return self.unet(zt, t, self.told(self.embed(self.heard), label))
 
 # %% ../nbs/04_pre_guidance.ipynb #efde5001
 @patch
@@ -188,7 +193,9 @@ def guided(self:Denoiser,
     "A `model(zt, t, label)` that predicts guided noise, equation (13)"
     table = self.embed(self.heard)
     def model(zt, t, label):
-        own,any_cell = pick(table, label),table[-1:].expand(len(zt), -1)*len(self.sizes)
+        nothing = torch.full_like(label, len(table)-1)
+        if label.is_floating_point(): nothing = len(self.sizes)*torch.eye(len(table)).to(label)[-1:].expand(len(label), -1)
+        own,any_cell = self.told(table, label),self.told(table, nothing)
         if guidance==0: return self.unet(zt, t, own)
         if guidance==-1: return self.unet(zt, t, any_cell)
         both = self.unet(torch.cat([zt,zt]), torch.cat([t,t]), torch.cat([own,any_cell]))

@@ -55,7 +55,7 @@ defaults = dict(
     rows='even', # Labels of a batch: drawn more `even`ly, or `plain`, as they come (the paper's)
     times='snr', # Diffusion steps of a batch: drawn by signal to noise (`snr`), or `uniform` (the paper's)
     depth='scores', # Library sizes in the latent: normal `scores`, their `log`arithm, or `none` (the paper's)
-    fusion='add', # How step and condition are heard: `add`, `cat` or `attention`
+    fusion='add', # How the condition is heard: by blocks (`add`, `cat`, `attention`) or at the entry (`beside`, `onto`, `among`)
     predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
@@ -76,7 +76,7 @@ configs = dict(
     paper=dict(
         likelihood='mse_scaled', n_latent=128, noise=0., reads='scaled', layers='relu', prior=0., label_sd=0.,
         scatter_from=0., validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain',
-        times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_share=0.5, steps=20_000))
+        fusion='onto', times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_share=0.5, steps=20_000))
 configs['paper_log'] = dict(configs['paper'], likelihood='mse', reads='log')
 
 # %% ../nbs/04b_settings.ipynb #8f9583b1

@@ -8,7 +8,7 @@ __all__ = ['conditions', 'cluster_means', 'Embed', 'contrast', 'level_means', 'b
 
 # %% ../nbs/04_pre_guidance.ipynb #dea8f80d
 from math import prod
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from fastcore.basics import patch
 from scipy import sparse
 from torch import nn
@@ -127,7 +127,7 @@ class Denoiser(nn.Module):
     def told(self, table, label):
         "What the network is given of labels: the embedding of each, or, to look among them, all of them with a mark"
         if not isinstance(getattr(self.unet, 'entry', None), Among): return pick(table, label)
-        asked = label if label.is_floating_point() else F.one_hot(label.long(), len(table)).to(table)
+        asked = label if label.is_floating_point() else (label[:,None]==torch.arange(len(table), device=label.device)).to(table)
         return self.unet.entry.tokens(table, asked)
     def forward(self, zt, t, label): return self.unet(zt, t, self.told(self.embed(self.heard), label))
 

@@ -33,7 +33,7 @@ from scld.latent import IntroVAE, LatentAE, SkipMLP, baselines, margin_loss
 from scld.metrics import mmd2_sides, pool_pcs, rf_auc, sides
 from scld.post_guidance import Scorer, candidates, keep_best
 from scld.pre_guidance import Denoiser, cluster_means, global_slot
-from scld.unet import Attend, Conv, UNet
+from scld.unet import Attend, Conv, UNet, entries
 
 SETS = 'zheng17_sorted','neurons10k'
 TOTAL,T = 20_000,1000 # Sum of a scaled cell, steps of the chain
@@ -525,29 +525,6 @@ class Plain(nn.Module):
     def __init__(self, unet): super().__init__(); self.unet = unet
     def forward(self, zt, t, label): return self.unet(zt, t)
 
-class Worded(nn.Module):
-    "Table 4 as the paper words it: the condition beside the latent, added to it, or heard by attention, as input"
-    def __init__(self, how, n_latent, means, unet, heads=4):
-        super().__init__()
-        self.how,self.d,self.unet,self.embed,self.heads = how,n_latent,unet,nn.Linear(means.shape[1], n_latent),heads
-        self.register_buffer('means', means/means.norm(dim=1).mean()) # Of a common length of about one
-        if how=='tokens':
-            self.query,self.key,self.value,self.out = (nn.Linear(n_latent, n_latent) for _ in range(4))
-            self.mark = nn.Parameter(torch.randn(n_latent)*n_latent**-0.5)
-    def forward(self, zt, t, label):
-        table = self.embed(self.means)                                      # (K+1, d)
-        if self.how=='beside': return self.unet(torch.cat([zt,F.embedding(label, table)], -1), t)[:,:self.d]
-        if self.how=='added': return self.unet(zt+F.embedding(label, table), t)
-        asked = (label[:,None]==torch.arange(len(self.means), device=zt.device))[...,None]
-        tokens = table+asked*self.mark                                      # (n, K+1, d), the asked one marked
-        q,k,v = (x.unflatten(-1, (self.heads,-1)) for x in (self.query(zt)[:,None],self.key(tokens),self.value(tokens)))
-        share = ((q*k).sum(-1, keepdim=True)*q.shape[-1]**-0.5).softmax(1)  # (n, K+1, heads, 1)
-        return self.unet(zt+self.out((share*v).sum(1).flatten(1)), t)
-    def unused(self):
-        "Weights of outputs that are cut off"
-        if self.how!='beside': return 0
-        return sum(p.numel()//2 for p in [*self.unet.leave[-1].parameters(),*self.unet.gate.out.parameters()])
-
 FILM = dict(film='add', filmcat='cat', filmattention='attention')
 
 def network(ctx, data, scale, n_latent, how, K):
@@ -559,11 +536,9 @@ def network(ctx, data, scale, n_latent, how, K):
         x = scaled(CELLS[data].train)
         ctx.means[data,scale] = cluster_means(x.log1p() if scale=='log' else x, CELLS[data].label, K, 1)
     means = ctx.means[data,scale]
-    if how in ('beside','added','tokens'):
-        return Worded(how, n_latent, means, unet(n_latent*(2 if how=='beside' else 1)))
-    return Denoiser(unet(fusion=FILM.get(how, 'add')), means, 'mean')
+    return Denoiser(unet(fusion=how if how in entries else FILM.get(how, 'add')), means, 'mean')
 
-def weights(net): return sum(p.numel() for p in net.parameters())-(net.unused() if hasattr(net, 'unused') else 0)
+def weights(net): return sum(p.numel() for p in net.parameters())
 
 def named(data, how, m, n_latent):
     "Name of one model; the kind of its latents or of its fusion stands where the backbone stood"
@@ -803,7 +778,7 @@ def plan(a):
     must = [[(autoencoders,d,'log',seeds),(stack,d,'plain',own[d])] for d in SETS]
     must += [[(autoencoders,d,'raw',seeds),(stack,d,'film',film[d])] for d in SETS]
     must += [[(linear_autoencoder,d,'raw'),(stack,d,'beside',fusion[d])] for d in SETS]
-    must += [[(stack,d,how,fusion[d])] for how in ('added','tokens') for d in SETS]
+    must += [[(stack,d,how,fusion[d])] for how in ('onto','among') for d in SETS]
     rest = [(0,[(gan,d,c,0,curve)]) for c in (False,True) for d in SETS]
     rest += [(0,[(activa,d,s,0,epochs,warm)]) for s in VIEWS for d in SETS]
     rest += [(25,[(latent,d,0,far)]) for d in SETS]

@@ -356,7 +356,8 @@ def _figures(m, said):
     if 'perfect' in m: row['perfect fit'] = _shown(m['perfect'])
     row['range of chance'] = f"{m['low']:.3f} to {m['high']:.3f}"
     row['p'] = f"{m['p']:.3f}"
-    row['verdict'] = f'<b class="bad">{said}</b>' if said else '<b class="ok">as chance</b>'
+    fine = 'as chance, among so many tests' if m['p']<0.05 else 'as chance'
+    row['verdict'] = f'<b class="bad">{said}</b>' if said else f'<b class="ok">{fine}</b>'
     return row | {f'null: {k}': f'<span class="n">{_shown(v)}</span>' for k,v in m.get('nulls', {}).items()}
 
 def _explained(name, m):
@@ -424,7 +425,8 @@ def _metrics_section(report):
 The goal is not 0 or 0.5 but the <b>real control</b>: other real cells in place of the synthetic ones.
 The <b>range of chance</b> is where a value stays when both sets are mixed and dealt anew.
 Outside, it <b>differs</b>, or is <b>nearer than chance</b>: nearer to the held-out cells than other real cells are,
-as copies and averages are ({k} tests share a level of 5 %).
+as copies and averages are. {k} tests share a level of 5 %: a p below 0.05 is rare for one test and to be expected
+among so many, so such a line alone is still <b>as chance</b>.
 The range belongs to these two sets; the control, another pair, may lie outside.
 <b>Nulls</b> are real cells ruined on purpose: genes dealt anew within types or over all cells,
 Poisson noise at the means.{third}</p>

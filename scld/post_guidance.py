@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'fit_scorer', 'keep_best', 'candidates', 'telling_genes', 'Labeller', 'fit_labeller', 'recognised_unseen',
-           'few', 'recognised_real', 'too_few', 'Recognition', 'check_heard']
+           'few', 'recognised_real', 'too_few', 'Recognition', 'what_helps', 'no_choice', 'check_heard']
 
 # %% ../nbs/05_post_guidance.ipynb #e9b62c18
-import math,warnings
+import math,re,warnings
 from collections import Counter
 from contextlib import closing
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -245,16 +245,76 @@ def name(self:Recognition,
 def unlike(self:Recognition,
     share, # Share of what real cells are, a number, or one for each label
     level:float=1e-3, # Probability of a false alarm
-)->list: # A sentence for each such label
-    "What must be said of labels that are recognised less often than `share` of what real cells are"
+)->list: # Their numbers
+    "Labels that are recognised less often than `share` of what real cells are"
     least = np.broadcast_to(share, len(self.n))*self.table['real'].to_numpy()
-    bad = [k for k in np.flatnonzero(self.n) if too_few(self.seen[k], self.n[k], least[k], level)]
-    def said(k):
-        real,n = self.table['real'].iloc[k],self.table['n'].iloc[k]
-        here = f"{self.table.index[k]!r}: {self.seen[k]/self.n[k]:.0%} of {self.n[k]:,} synthetic cells"
-        return here+(f", {real:.0%} of the {n:,.0f} real ones it learnt from" if few(n) else
-                     f", {real:.0%} of real ones, learnt from {n:,.0f}")
-    return [said(k) for k in bad]
+    return [int(k) for k in np.flatnonzero(self.n) if too_few(self.seen[k], self.n[k], least[k], level)]
+
+# %% ../nbs/05_post_guidance.ipynb #cf10923d
+@patch
+def words(self:Recognition,
+    k:int, # Number of a label
+)->str: # A part of a sentence
+    "How often cells of a label are recognised, synthetic and real ones"
+    real,n = self.table['real'].iloc[k],self.table['n'].iloc[k]
+    here = f"{self.table.index[k]!r}: {self.seen[k]/self.n[k]:.0%} of {self.n[k]:,} synthetic cells"
+    return here+(f", {real:.0%} of the {n:,.0f} real ones it learnt from" if few(n) else
+                 f", {real:.0%} of real ones, learnt from {n:,.0f}")
+
+# %% ../nbs/05_post_guidance.ipynb #236e78dd
+@patch
+def needed(self:Recognition,
+    k:int, # Number of a label
+    share:float, # Of what real cells are
+)->str: # A part of a sentence
+    "The bar, and what was got"
+    got = self.seen[k]/self.n[k]/self.table['real'].iloc[k]
+    why = ' (fewer than 30 training cells)' if few(self.table['n'].iloc[k]) else ''
+    return f"needed: {share:.2f} of the share of real cells{why}, got {got:.2f}"
+
+# %% ../nbs/05_post_guidance.ipynb #f26a2a35
+def what_helps(
+    few:bool, # Were there few training cells?
+    guidance:float, # With which cells were drawn
+    keep:float, # Share of candidates that was kept
+)->list: # Pieces of advice, the most thorough first
+    "What may make cells more like their label"
+    ways = {'train longer or on more such cells': True, 'start from a model of more cells with start=': few,
+            'draw with guidance=0.5': guidance<0.5, 'keep the likest with keep=0.5': keep>0.5}
+    return [k for k,of_use in ways.items() if of_use]
+
+# %% ../nbs/05_post_guidance.ipynb #2853ba37
+def no_choice(
+    said:str, # A refusal or a warning
+)->str: # The same
+    "Without the advice to guide, or to keep the likest"
+    return re.sub(r', (draw with guidance|keep the likest with keep)=0\.5', '', said)
+
+# %% ../nbs/05_post_guidance.ipynb #dd68dacb
+@patch
+def refusal(self:Recognition,
+    k:int, # Number of a label
+    share:float, # That was needed, of what real cells are
+    guidance:float, # With which cells were drawn
+    keep:float, # Share of candidates that was kept
+)->str: # A sentence
+    "That cells are not of a label, what was needed, and what helps"
+    what = "synthetic cells are not what was asked for; by expression a classifier recognises as"
+    helps = ', '.join(what_helps(few(self.table['n'].iloc[k]), guidance, keep))
+    return f"{what} {self.words(k)}; {self.needed(k, share)}; {helps}, or take any with floor=0"
+
+# %% ../nbs/05_post_guidance.ipynb #b8ac9a01
+@patch
+def summary(self:Recognition,
+    bad:list, # Numbers of labels
+    guidance:float, # With which cells were drawn
+    keep:float, # Share of candidates that was kept
+)->str: # A sentence
+    "That cells of some labels are less like them than real ones are, and what helps"
+    some = f"synthetic cells of {len(bad)} of {np.count_nonzero(self.n)} labels are less like their label"
+    shown = '; as '.join([self.words(k) for k in bad[:5]]+['…'][:len(bad)>5])
+    helps = ', '.join(what_helps(few(self.table['n'].iloc[bad]).any(), guidance, keep))
+    return f"{some} than real cells are; a classifier of expression recognises as {shown}. What helps: {helps}"
 
 # %% ../nbs/05_post_guidance.ipynb #b4221e1b
 @patch
@@ -262,7 +322,9 @@ def watch(self:Recognition,
     blocks, # Tuples of counts (CSR), …, conditions: rows of each
     floor:float=0., # Least share of cells recognised, as a share of what real cells are; 0 for any, 0.8 for few cells
     heard:bool=True, # Does guidance hear the labels?
-    sorts:bool=True, # Does the score hear them, so that keeping fewer candidates helps?
+    guidance:float=100., # With which they were drawn; more may help where it is below 0.5
+    keep:float=0., # Share of candidates that was kept; fewer may help where it is above 0.5
+    stacklevel:int=4, # Of the warning, so that it names the line of the user
 ):
     "The same blocks with labels in the place of conditions, as long as they are what was asked for"
     least = np.where(few(self.table['n']), max(floor, 0.8), floor)
@@ -270,17 +332,10 @@ def watch(self:Recognition,
         for X,*rest,cond in blocks:
             label = self.name(X, cond, heard)
             bad = self.unlike(least, level=0.05) if floor else []
-            if bad:
-                what = "synthetic cells are not what was asked for; by expression a classifier recognises as"
-                likest = "keep the likest with keep=0.5, "*sorts
-                todo = f"train longer or on more cells of it, {likest}or take any with floor=0"
-                raise RuntimeError(f"{what} {bad[0]}; {todo}")
+            if bad: raise RuntimeError(self.refusal(bad[0], least[bad[0]], guidance, keep))
             yield X,*rest,label
     bad = self.unlike(0.8)
-    some = f"synthetic cells of {len(bad)} of {np.count_nonzero(self.n)} labels are less like their label"
-    shown = '; as '.join(bad[:5]+['…'][:len(bad)>5])
-    said = f"{some} than real cells are; a classifier of expression recognises as {shown}"
-    if bad: warnings.warn(said, stacklevel=4)
+    if bad: warnings.warn(self.summary(bad, guidance, keep), stacklevel=stacklevel)
 
 # %% ../nbs/05_post_guidance.ipynb #66225dfc
 def check_heard(
@@ -296,7 +351,8 @@ def check_heard(
     heard = (synth-guess+0.5/(100*n_levels)**0.5)/(real-guess)
     shares = f"{synth:.0%} of synthetic cells and {real:.0%} of real ones ({guess:.0%} by guessing)"
     said = f"by expression a classifier is right on {name!r} for {shares}"
+    bar = f"needed: {floor:.2f} of what can be recognised, got {max(heard, 0):.2f}"
     todo = "train longer or on more cells, or take any with floor=0"
-    if heard<floor: raise RuntimeError(f"synthetic cells are not what was asked for; {said}; {todo}")
+    if heard<floor: raise RuntimeError(f"synthetic cells are not what was asked for; {said}; {bar}; {todo}")
     less = "synthetic cells are less like what was asked for than real cells are"
     if heard<0.8: warnings.warn(f"{less}; {said}", stacklevel=5)

@@ -6,12 +6,13 @@
 __all__ = ['LARGEST', 'thin', 'planted', 'read_effect', 'check_received', 'factors', 'factor_of', 'thinned', 'null_groups']
 
 # %% ../nbs/04g_truth.ipynb #419fea0a
-import re
 import numpy as np, pandas as pd, torch
 from scipy import sparse
 from .autoencoder import pick
+from .columns import Columns
 from .labels import closest
 from .requests import check_label,distinct
+from .settings import in_range,sampling
 
 # %% ../nbs/04g_truth.ipynb #33065d65
 def thin(
@@ -32,9 +33,37 @@ def thin(
     out.eliminate_zeros()
     return out
 
-# %% ../nbs/04g_truth.ipynb #80f82af7
+# %% ../nbs/04g_truth.ipynb #adb6653b
+def _level(k, labels):
+    "The level that is meant by a name, or by a number: 6 is the level '6'; None for what can be no name"
+    if isinstance(k, str): return str(k)
+    if not isinstance(k, (int,float,np.integer,np.floating)) or isinstance(k, bool): return None
+    return next((s for d in range(17, 5, -1) if (s:=f'{k:.{d}g}') in labels), f'{k:g}')
+
+def _by_level(effect, labels):
+    "Changes by the level that is meant"
+    names = {k: _level(k, labels) for k in effect}
+    odd = [k for k,name in names.items() if name is None]
+    how = f"write a label as the model has it, such as {labels[0]!r}"
+    if odd: raise ValueError(f"{len(odd)} names in effect are neither text nor a number, the first {odd[0]!r}; {how}")
+    for name in names.values():
+        check_label(name, labels)
+        same = [k for k in names if names[k]==name]
+        said = f"effect names one level in {len(same)} ways, {same}; keep one, with all changes"
+        if len(same)>1: raise ValueError(said)
+    return {names[k]: of for k,of in effect.items()}
+
+# %% ../nbs/04g_truth.ipynb #1673d896
 LARGEST = 10. # log2 fold changes beyond are refused
 
+def _check_change(label, gene, v):
+    "`ValueError` for what is no log2 fold change"
+    number = isinstance(v, (int,float,np.integer,np.floating)) and not isinstance(v, bool)
+    what,span = f"the log2 fold change of {gene!r} in {label!r}",f"from -{LARGEST:.0f} to {LARGEST:.0f}"
+    if not number or not abs(v)<=LARGEST: raise ValueError(f"{what} must be a number {span}, got {v!r}")
+    if np.exp2(np.float32(v))==1: raise ValueError(f"{what} is {v!r}, which changes nothing; leave it out of effect")
+
+# %% ../nbs/04g_truth.ipynb #80f82af7
 def planted(rows):
     "Rows of label, gene and log2 fold change as a table"
     out = pd.DataFrame(rows, columns=['label','gene','log2_fold_change'])
@@ -48,22 +77,25 @@ def read_effect(
     "Planted fold changes, checked"
     if not isinstance(effect, dict) or not effect or not all(isinstance(v, dict) and v for v in effect.values()):
         raise ValueError(f"effect={effect!r} must say what changes in which label: {{'NK': {{'GZMB': 1.0}}}}, in log2")
-    named = {k if isinstance(k, str) else f'{k:g}': of for k,of in effect.items()}   # 6 is the level '6'
-    for k in named: check_label(k, labels)
-    many = [k for k in named if any(re.fullmatch(re.escape(k)+r' \(\d+\)', l) for l in labels)]
-    which = "is a level of several columns, and effect cannot say which; rename one of them"
-    if many: raise ValueError(f"{many[0]!r} {which}")
-    known,rows = set(genes),[(k,g,v) for k,of in named.items() for g,v in of.items()]
+    rows = [(k,g,v) for k,of in _by_level(effect, labels).items() for g,v in of.items()]
+    known = set(genes)
     unknown = [g for _,g,_ in rows if g not in known]
     if unknown:
         near = closest(unknown[0], list(genes), 0.6)
         meant = f"; did you mean {near!r}?" if near else ''
         raise KeyError(f"{len(unknown)} genes of effect are not in the model, the first {unknown[0]!r}{meant}")
-    for k,g,v in rows:
-        right = isinstance(v, (int,float,np.number)) and not isinstance(v, bool) and abs(v)<=LARGEST
-        what = f"the log2 fold change of {g!r} in {k!r}"
-        if not right: raise ValueError(f"{what} must be a number from -{LARGEST:.0f} to {LARGEST:.0f}, got {v!r}")
+    for row in rows: _check_change(*row)
     return planted(rows)
+
+# %% ../nbs/04g_truth.ipynb #7533f1b0
+def _refuse_shared(effect, columns):
+    "`ValueError` for a name of more than one level"
+    each = [Columns([c]).level_names for c in columns]
+    names = sum(each, [])+[' | '.join(of[i] for of,i in zip(each, p)) for p in columns.joint]
+    shared = [k for k in dict.fromkeys(effect) if names.count(k)>1]
+    if not shared: return
+    levels = f"the name of {names.count(shared[0])} levels, of the columns {columns.names}"
+    raise ValueError(f"{shared[0]!r} is {levels}, and effect cannot say which; rename one of them")
 
 # %% ../nbs/04g_truth.ipynb #3d97218c
 def check_received(
@@ -71,7 +103,8 @@ def check_received(
     request, # Checked request: a number, numbers by label, or codes of each cell, shape (n, n_columns)
     columns, # `Columns` of the model
 ):
-    "`ValueError` where changes are planted in what nobody asked for"
+    "`ValueError` where changes are planted in what nobody asked for, or nobody can tell apart"
+    _refuse_shared(effect, columns)
     if not isinstance(request, (dict,np.ndarray)): return
     codes = np.full((len(request),len(columns)), np.nan)
     if isinstance(request, dict): codes[:,0] = columns[0].code(list(request))
@@ -121,6 +154,18 @@ def thinned(
     "Blocks of cells, sequenced less"
     for i,(X,*rest) in enumerate(blocks, start): yield thin(X, depth, np.random.default_rng([*key,i])),*rest
 
+# %% ../nbs/04g_truth.ipynb #a95e41bc
+def _check_dealt(cells, by):
+    "Refuse cells that cannot be dealt out, and what is no one column to deal within"
+    there = f"the cells are still in {cells.filename}; read them first, with cells.to_memory()"
+    if cells.isbacked: raise ValueError(there)
+    if by is None: return
+    if not isinstance(by, str): raise ValueError(f"by={by!r} must be the name of one column of obs, or None")
+    times = list(cells.obs).count(by)
+    if times>1: raise ValueError(f"obs has {times} columns {by!r}; rename or drop the others")
+    near = closest(by, [str(c) for c in cells.obs], 0.5)
+    if not times: raise KeyError(f"obs has no column {by!r}"+(f"; did you mean {near!r}?" if near else ''))
+
 # %% ../nbs/04g_truth.ipynb #6a99e070
 def null_groups(
     cells, # AnnData, which stays as it is
@@ -129,15 +174,14 @@ def null_groups(
     seed:int=0, # Same seed, same groups
 ): # AnnData with the groups `a`, `b`, … in `obs["scld_group"]`, and word of it in `uns["scld_truth"]`
     "Cells in groups that do not differ"
-    if not 2<=n<=26: raise ValueError(f"n={n!r} groups cannot be made; ask for 2 to 26")
-    if by is not None and by not in cells.obs:
-        near = closest(by, [str(c) for c in cells.obs], 0.5)
-        raise KeyError(f"obs has no column {by!r}"+(f"; did you mean {near!r}?" if near else ''))
+    n,seed = in_range('n', n, (2,26)),in_range('seed', seed, sampling['seed'])
+    _check_dealt(cells, by)
     rng,out = np.random.default_rng(seed),cells.copy()
     label = np.zeros(cells.n_obs, int) if by is None else pd.factorize(cells.obs[by], use_na_sentinel=False)[0]
     order = np.lexsort([rng.random(cells.n_obs), label])   # by label, in random order within
     group,start = np.empty(cells.n_obs, int),rng.permutation(n)
     group[order] = start[np.arange(cells.n_obs)%n]
     out.obs['scld_group'] = pd.Categorical.from_codes(group, list('abcdefghijklmnopqrstuvwxyz'[:n]))
-    out.uns['scld_truth'] = dict(planted=planted([]), groups=f'{n} groups at random'+(f' within {by}' if by else ''))
+    groups = f'{n} groups at random'+(f' within {by}' if by else '')
+    out.uns['scld_truth'] = {'planted': planted([]), **out.uns.get('scld_truth', {}), 'groups': groups}
     return out

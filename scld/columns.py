@@ -99,12 +99,14 @@ def _numbers(values, key, few):
     few_values = len(there)<=12
     knots = there[n>=few] if few_values else np.unique(np.quantile(v[~np.isnan(v)], [0,0.1,0.3,0.5,0.7,0.9,1]))
     if len(knots)<2: raise ValueError(f"obs[{key!r}] has {len(knots)} value of {few} cells and more; {leave}")
+    small = {f'{k:.12g}': int(m) for k,m in zip(there, n) if few_values and m<few}
+    if small: v = np.where(np.isin(v, knots), v, np.nan)
     if not few_values and (there==there.round()).all():
         span = f"from {there[0]:g} to {there[-1]:g}, with mixtures between them"
         how = "if they are names, make them text: .astype(str)"
         warnings.warn(f"obs[{key!r}] is read as numbers, {span}; {how}", stacklevel=5)
-    exact = len(knots)==len(there)
-    return Numbers(key, knots, exact, grid=() if exact else np.quantile(v[~np.isnan(v)], np.linspace(0, 1, 101))),v
+    grid = () if few_values else np.quantile(v[~np.isnan(v)], np.linspace(0, 1, 101))
+    return Numbers(key, knots, few_values, grid=grid),v,small
 
 # %% ../nbs/00g_columns.ipynb #70090497
 def _names(values, key, few, colors):
@@ -138,9 +140,9 @@ def read_column(
         raise KeyError(f"no column {key!r} in obs; {meant}")
     times = list(obs.columns).count(key)
     if times>1: raise ValueError(f"obs has {times} columns {key!r}; rename or drop the others")
-    values,small = obs[key],{}
+    values = obs[key]
     number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-    if number: column,code = _numbers(values, key, few)
+    if number: column,code,small = _numbers(values, key, few)
     else: column,code,small = _names(values, key, few, colors or {})
     open_ = int(np.isnan(code).sum())
     first = ', '.join(f'{k} ({n})' for k,n in list(small.items())[:5])
@@ -162,9 +164,12 @@ class Columns(list):
     @property
     def level_names(self)->list: # Text; a name that is there already has its number behind it
         "Names of all levels in their order, numbers and combinations as well"
-        each = [[k if isinstance(k, str) else f'{k:g}' for k in c.levels] for c in self]
-        names = sum(each, [])+[' | '.join(of[i] for of,i in zip(each, p)) for p in self.joint]
-        return [k if names.index(k)==i else f'{k} ({i})' for i,k in enumerate(names)]
+        each = [[k if isinstance(k, str) else f'{k:.12g}' for k in c.levels] for c in self]
+        names,used = sum(each, [])+[' | '.join(of[i] for of,i in zip(each, p)) for p in self.joint],set()
+        for i,k in enumerate(names):
+            while names[i] in used or (names[i]!=k and names[i] in names[:i]+names[i+1:]): names[i] += f' ({i})'
+            used.add(names[i])
+        return names
     @property
     def blocks(self)->list: # A slice for each column, and for the combinations where there are any
         "Where the levels of each column stand among all"

@@ -127,8 +127,13 @@ class Denoiser(nn.Module):
     def told(self, table, label):
         "What the network is given of labels: the embedding of each, or, to look among them, all of them with a mark"
         if not isinstance(getattr(self.unet, 'entry', None), Among): return pick(table, label)
-        asked = label if label.is_floating_point() else (label[:,None]==torch.arange(len(table), device=label.device)).to(table)
+        kinds = torch.arange(len(table), device=label.device)
+        asked = label if label.is_floating_point() else (label[:,None]==kinds).to(table)
         return self.unet.entry.tokens(table, asked)
+    def nothing(self, label):
+        "The global condition for as many rows, as numbers or as weights"
+        if not label.is_floating_point(): return torch.full_like(label, len(self.means)-1)
+        return len(self.sizes)*torch.eye(len(self.means)).to(label)[-1:].expand(len(label), -1)
     def forward(self, zt, t, label): return self.unet(zt, t, self.told(self.embed(self.heard), label))
 
 # %% ../nbs/04_pre_guidance.ipynb #efde5001
@@ -193,9 +198,7 @@ def guided(self:Denoiser,
     "A `model(zt, t, label)` that predicts guided noise, equation (13)"
     table = self.embed(self.heard)
     def model(zt, t, label):
-        nothing = torch.full_like(label, len(table)-1)
-        if label.is_floating_point(): nothing = len(self.sizes)*torch.eye(len(table)).to(label)[-1:].expand(len(label), -1)
-        own,any_cell = self.told(table, label),self.told(table, nothing)
+        own,any_cell = self.told(table, label),self.told(table, self.nothing(label))
         if guidance==0: return self.unet(zt, t, own)
         if guidance==-1: return self.unet(zt, t, any_cell)
         both = self.unet(torch.cat([zt,zt]), torch.cat([t,t]), torch.cat([own,any_cell]))

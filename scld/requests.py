@@ -96,7 +96,8 @@ def _asked_names(own, values, *small, **of):
 
 def _asked_numbers(column, values):
     "Codes of what a request asks of a column of numbers"
-    code = column.code(values)
+    truth = np.array([isinstance(v, (bool,np.bool_)) for v in values])
+    code = np.where(truth, np.nan, column.code(values))
     text = np.flatnonzero(values.notna().to_numpy() & np.isnan(code))
     none = f"{column.name!r} is a column of numbers"
     some = f"({len(text):,} of {len(code):,} rows)"
@@ -117,6 +118,8 @@ def read_design(
     few:int=0, # Labels of fewer training cells have no name; 0 where none was so small
 )->np.ndarray: # Codes of each cell, NaN for what is left out, shape (n, n_columns)
     "What a table asks for; `KeyError` for unknown columns and levels, `ValueError` for numbers that cannot be"
+    twins = "the labels are called 'n', as numbers of cells are; a table cannot say which is meant, a dict can"
+    if 'n' in columns.names: raise ValueError(twins)
     names = [k for k in design.index.names if k in columns.names and k not in design]
     if names: design = design.reset_index(names)
     twice = design.columns[design.columns.duplicated()]
@@ -129,7 +132,7 @@ def read_design(
         raise KeyError(f"the design has a column {unknown[0]!r} that the model does not know{meant} {knows}")
     if not len(design): raise ValueError("no cells asked for: the design has no rows")
     n = design['n'].tolist() if 'n' in design else [1]*len(design)
-    n = [int(m) if isinstance(m, (float,np.floating)) and m==int(m if m==m else 0) else m for m in n]   # 5.0 is 5
+    n = [int(m) if isinstance(m, (float,np.floating)) and abs(m)<=MOST and m==int(m) else m for m in n]   # 5.0 is 5
     for k,m in zip(design.index, n):
         if not (isinstance(m, (int,np.integer)) and m==0 and any(n)): check_number(f'row {k}', m, [])   # none of a kind
     if sum(n)>MOST: raise ValueError(f"{sum(n):,} cells are too many for one call; ask for at most {MOST:,}")
@@ -167,7 +170,7 @@ def read_any(
 )->tuple: # A number, numbers by label, or codes of a table's cells, shape (n, n_columns); and the same as text
     "A request of any kind, checked"
     by_column = isinstance(n, pd.Series) and (n.index.nlevels>1 or n.index.name in columns.names[1:])
-    if by_column: n = n[n>0].rename('n').reset_index()
+    if by_column: n = n[n!=0].rename('n').reset_index()
     if not isinstance(n, pd.DataFrame):
         if hasattr(n, 'items'): _not_a_label([k for k,_ in n.items()], columns)
         request = read_request(n, columns[0].levels, small, few)
@@ -188,6 +191,9 @@ def known_codes(
     values = pd.Series(values)
     code = column.code(values)
     lost = np.flatnonzero(np.isnan(code) & (refuse | values.notna().to_numpy()))
+    low,high = (column.levels[i] for i in (0,-1)) if hasattr(column, 'exact') else (-np.inf,np.inf)
+    far = f"a {column.name!r} beyond that of the training cells, from {low:g} to {high:g}; they are taken as at its end"
+    if n := int(((code<low)|(code>high)).sum()): warnings.warn(f"{n:,} cells have {far}", stacklevel=3)
     if not len(lost): return code
     knows = ', '.join(map(str, column.levels[:5]))+', …'*(len(column)>5)
     first = f"the first {str(values.iloc[lost[0]])!r}; it knows {knows}"

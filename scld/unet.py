@@ -187,7 +187,7 @@ class UNet(nn.Module):
         n_emb:int=64, # Size of the embeddings of step and condition, even
         dropout:float=0.1, # Share of units dropped while training
         backbone:str='mlp', # `mlp`, or `conv` along the latent, which costs far more
-        fusion:str='add', # How the condition is heard: in every block by `add`, `cat` or `attention`, or where the latent enters: `beside`, `onto`, `among`
+        fusion:str='add', # How the condition is heard, one of `fusions`: by every block, or where the latent enters
         bends:int=8, # Bends of each number of a latent, 0 for the paper's plain one
     ):
         super().__init__()
@@ -216,7 +216,7 @@ class UNet(nn.Module):
 def forward(self:UNet,
     zt:torch.Tensor, # Noisy latents, shape (n, n_latent)
     t:torch.Tensor, # Step of each row, shape (n,); 0 is one step of noise
-    cond:torch.Tensor|None=None, # Embedded condition of each row, shape (n, n_emb); for `among` all of them, shape (n, K+1, n_emb)
+    cond:torch.Tensor|None=None, # Embedded condition of each row, shape (n, n_emb); for `among` (n, K+1, n_emb)
 )->torch.Tensor: # Predicted noise, shape of `zt`
     "The noise that `zt` is thought to hold, equation (U10)"
     step = self.time(timestep_embedding(t, self.n_emb))         # (n, n_emb)

@@ -6,7 +6,7 @@
 __all__ = ['close_cells', 'read_mtx', 'write_10x', 'open_cells', 'closing', 'read_counts']
 
 # %% ../nbs/00b_files.ipynb #5935d484
-import contextlib,csv,gzip,io,os,re,stat,struct,subprocess,sys,warnings
+import contextlib,csv,gzip,io,json,os,re,stat,struct,subprocess,sys,warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData, read_h5ad
@@ -259,6 +259,25 @@ def _genes_only(a):
     beside = types.str.contains('Capture$|^(?:Gene Expression|Custom|Peaks)$')
     return a[:,(types=='Gene Expression').to_numpy()].copy() if beside.any() else a
 
+# %% ../nbs/00b_files.ipynb #45dd3c84
+def _table_beside(path, names):
+    "The table of cells that belongs to the matrix `path`, in the order of `names`; without columns where there is none"
+    prefix = re.sub(r'[^_.-]*\.mtx(\.gz)?$', '', path.name)
+    file = path.with_name(f'{prefix}cells.csv.gz')
+    if not file.exists(): return pd.DataFrame(index=names)
+    _length(file)
+    how = dict(index_col=0, converters={0:str}, keep_default_na=False, na_values=[''], low_memory=False)
+    try:
+        with _unpacked(file) as f: table = pd.read_csv(f, **how).rename_axis(None)
+    except ValueError as e: raise ValueError(f"{file.name} is no table of cells: {e}") from e
+    if list(table.index)==names: return table
+    other = [*(k for k in names if k not in table.index),*table.index.difference(names)]
+    twice = [*table.index[table.index.duplicated()],*pd.Index(names)[pd.Index(names).duplicated()]]
+    if not other+twice: return table.loc[names]
+    first = f"{(other+twice)[0]!r} is {'in one of them only' if other else 'there twice'}"
+    differ = f"{file.name} and the list of cells do not name the same cells: {first}"
+    raise ValueError(f"{differ}; mend the table or move it away")
+
 # %% ../nbs/00b_files.ipynb #e6ad641a
 def read_mtx(
     path:Path, # A 10x folder, or a Matrix Market file
@@ -277,9 +296,17 @@ def read_mtx(
     for what,n,rows in zip(('cells','genes'), X.shape, (cells,genes)):
         if len(rows)==n: continue
         raise ValueError(f"the list of {what} has {len(rows):,} lines, but {path.name} has {n:,} {what}")
-    return _genes_only(AnnData(X, obs=pd.DataFrame(index=[r[0] for r in cells]), var=_features(genes)))
+    return _genes_only(AnnData(X, obs=_table_beside(path, [r[0] for r in cells]), var=_features(genes)))
 
 def _numbered(n): return pd.DataFrame(index=np.arange(n).astype(str))
+
+# %% ../nbs/00b_files.ipynb #e0ecfbfd
+def _refuse_names(what, names, odd=r'^$|^"|[\t\r\n]'):
+    "Refuse names that would not be read back from a list as they are"
+    bad = [k for k in map(str, names) if re.search(odd, k)]
+    why = f"{len(bad):,} {what} would not be read back from a 10x folder as they are"
+    how = "rename them: no tab or end of line, no quote at the beginning, no comma in a barcode"
+    if bad: raise ValueError(f"{why}, the first {bad[0]!r}; {how}")
 
 # %% ../nbs/00b_files.ipynb #4321d7e4
 @contextlib.contextmanager
@@ -287,24 +314,49 @@ def _zipped(path):
     "A gzip file to write bytes to, the same bytes for the same content"
     with open(path, 'wb') as f, gzip.GzipFile('', 'wb', 6, f, mtime=0) as g: yield g
 
+def _write_word(uns, d):
+    "Write what `uns` says of the making of cells into the folder `d`"
+    truth = uns.get('scld_truth', {})
+    about = {**uns.get('scld', {}), **{k: v for k,v in truth.items() if k=='groups'}}
+    if about: (d/'provenance.json').write_text(json.dumps(about, indent=1, default=lambda v: v.tolist())+'\n')
+    if 'planted' not in truth: return
+    with _zipped(d/'truth.csv.gz') as f: truth['planted'].to_csv(f, index=False)
+
+# %% ../nbs/00b_files.ipynb #896f3841
+def _say_left_out(cells, ids):
+    "Warn of parts of cells that have no place in a 10x folder; `ids` is the column of `var` that has"
+    kinds = ('var','obsm','layers','varm','obsp','varp')
+    parts = {m: [k for k in getattr(cells, m) if k is not None] for m in kinds}
+    parts['var'] = [k for k in parts['var'] if k not in (ids,'feature_types','scld_planted')]
+    lost = [f'{k} {v}' for k,v in parts.items() if v]+['raw']*(cells.raw is not None)
+    if lost: warnings.warn(f"a 10x folder has no place for {', '.join(lost)}, which is not written", stacklevel=3)
+
+# %% ../nbs/00b_files.ipynb #0f3cc58d
+def _features_10x(cells):
+    "The list of genes of a 10x folder, and the column of `var` that gives their identifiers, None for their names"
+    column = next((k for k in ('gene_ids','ensembl') if k in cells.var), None)
+    ids = cells.var[column] if column else pd.Series(cells.var_names)
+    _refuse_names('cells', cells.obs_names, r'^$|^"|[\t\r\n,]')
+    _refuse_names('genes', cells.var_names)
+    _refuse_names('identifiers of genes', ids.dropna(), r'^"|[\t\r\n]')
+    return pd.DataFrame(dict(id=np.asarray(ids), name=cells.var_names, type='Gene Expression')),column
+
 def write_10x(
-    cells, # AnnData, whole numbers in `X`
+    cells:AnnData, # Whole numbers in `X`
     path:str|Path, # Folder to make; must not be there
 )->Path: # The folder
-    "Write cells as a folder of 10x Genomics, whole or not at all; `obs` becomes `cells.csv.gz`"
+    "Write cells as a folder of 10x Genomics, with `obs` as `cells.csv.gz`, and what is known of their making"
     from scipy.io import mmwrite
-    X = sparse.csr_matrix(cells.X)
-    odd = np.flatnonzero(X.data!=np.round(X.data))
-    if len(odd):
-        first = f"the first {X.data[odd[0]]:g}"
-        raise ValueError(f"{len(odd):,} values are no whole numbers, {first}; 10x folders hold counts")
-    ids = cells.var['gene_ids'] if 'gene_ids' in cells.var else cells.var_names
-    genes = pd.DataFrame(dict(id=np.asarray(ids), name=cells.var_names, type='Gene Expression'))
+    refuse(cells, None, find_fault(row_blocks(pick_matrix(cells))))
+    genes,ids = _features_10x(cells)
     with whole_folder(path) as d:
-        with _zipped(d/'matrix.mtx.gz') as f: mmwrite(f, X.T.tocoo().astype(int), field='integer')
+        with _zipped(d/'matrix.mtx.gz') as f: mmwrite(f, sparse.coo_matrix(cells.X.T).astype(int), field='integer')
         for name,table in dict(features=genes, barcodes=pd.DataFrame(cells.obs_names)).items():
-            with _zipped(d/f'{name}.tsv.gz') as f: table.to_csv(f, sep='\t', header=False, index=False)
+            plain = dict(sep='\t', header=False, index=False, quoting=csv.QUOTE_NONE)
+            with _zipped(d/f'{name}.tsv.gz') as f: table.to_csv(f, **plain)
         with _zipped(d/'cells.csv.gz') as f: cells.obs.to_csv(f, index_label='barcode')
+        _write_word(cells.uns, d)
+    _say_left_out(cells, ids)
     return Path(path)
 
 # %% ../nbs/00b_files.ipynb #2febf77c

@@ -324,6 +324,7 @@ def watch(self:Recognition,
     heard:bool=True, # Does guidance hear the labels?
     guidance:float=100., # With which they were drawn; more may help where it is below 0.5
     keep:float=0., # Share of candidates that was kept; fewer may help where it is above 0.5
+    planted:bool=False, # Were changes of expression planted?
     stacklevel:int=4, # Of the warning, so that it names the line of the user
 ):
     "The same blocks with labels in the place of conditions, as long as they are what was asked for"
@@ -332,7 +333,8 @@ def watch(self:Recognition,
         for X,*rest,cond in blocks:
             label = self.name(X, cond, heard)
             bad = self.unlike(least, level=0.05) if floor else []
-            if bad: raise RuntimeError(self.refusal(bad[0], least[bad[0]], guidance, keep))
+            why = '. A planted change may be why: look whether they are recognised without it'*planted
+            if bad: raise RuntimeError(self.refusal(bad[0], least[bad[0]], guidance, keep)+why)
             yield X,*rest,label
     bad = self.unlike(0.8)
     if bad: warnings.warn(self.summary(bad, guidance, keep), stacklevel=stacklevel)

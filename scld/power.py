@@ -188,6 +188,7 @@ def read_plan(
     if test=='pseudobulk' and by is None: raise ValueError(whose)
     def several(v): return v if isinstance(v, (list,tuple)) else tuple(v) if isinstance(v, np.ndarray) else (v,)
     plan = {k: in_range(k, several(v) if isinstance(SPANS[k], list) else v, SPANS[k]) for k,v in given.items()}
+    plan = {k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k,v in plan.items()}   # twice the same is once
     return dict(plan, test=test, by=by, donors=None if by is None else donors_of(model, label, by))
 
 # %% ../nbs/06m_power.ipynb #8f40bcce
@@ -289,7 +290,8 @@ def power(
                      fdr=fdr, min_mean=min_mean, down=down, floor=floor, seed=seed)
     genes = expressed(model, label, plan['min_mean'], plan['seed'], plan['floor'])
     few = f"only {len(genes):,} genes of {label!r} have a mean count of {min_mean}"
-    if len(genes)<n_genes: raise ValueError(f"{few}; ask for n_genes={len(genes)} or less, or lower min_mean")
+    less = f"ask for n_genes={len(genes)} or less, or "*bool(len(genes))
+    if len(genes)<n_genes: raise ValueError(f"{few}; {less}lower min_mean")
     many = too_many(n_genes, len(genes))
     if many: warnings.warn(many, stacklevel=2)
     numbers = tqdm(range(plan['draws']), 'power', unit='draw', disable=not progress, file=sys.stderr)

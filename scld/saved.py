@@ -57,10 +57,11 @@ def read_keys(
     keys = [conditions] if isinstance(conditions, str) else list(conditions or ())
     check_column(labels)
     for k in keys: check_column(k, 'conditions')
-    taken = ['n','louvain' if labels is None else labels]
+    if labels in keys: raise ValueError(f"conditions={labels!r} is already used as labels; leave it out of conditions")
+    taken = ['n']+['louvain']*(labels is None)
     if keys and labels=='n': raise ValueError("labels='n' is how a table says how many cells it wants; rename the column")
     twice = [k for i,k in enumerate(keys) if k in taken+keys[:i]]
-    by = "by the labels, by another or by the number of cells, n"
+    by = "by clusters, by another or by the number of cells, n"
     if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: {by}")
     return keys
 
@@ -197,7 +198,10 @@ def read_model(
         except (RuntimeError,TypeError,ValueError) as e:
             raise ValueError(f"{file} is not what a model needs: {e}") from e
         return sum(v.numel()*v.element_size() for v in got['want'].values())+2**16
-    data = read_files(path, {FILES[0]: 2**28, FILES[1]: most_bytes}, 'a saved model')[FILES[1]]
+    try: data = read_files(path, {FILES[0]: 2**28, FILES[1]: most_bytes}, 'a saved model')[FILES[1]]
+    except FileNotFoundError:
+        if path.exists(): raise
+        raise FileNotFoundError(f"there is no folder {path}; `scld fit` makes one, or SCLD.save") from None
     config = got['config']
     return config,parse_weights(data, config['weights']['sha256'], got['want'], len(config['genes']), arrays)
 

@@ -23,9 +23,14 @@ _options = { # What the library advises: what to do on the command line
     r'(read_counts\(…, )?drop_empty=True\)?': '--drop_empty',
     r'(read_counts\(…, )?round_counts=True\)?': '--round_counts',
     r'\bresume=True': '--resume',
-    '; the setting validation=0 takes labels at their word': '',
+    '; the setting validation=0 takes columns at their word': '',
     r'\bfloor=0\b': '--floor 0',
     r'\bkeep=0\.5\b': '--keep 0.5',
+    r'\bguidance=0\.5\b': '--guidance 0.5',
+    r'\bstart=(?!\w)': '--start of scld fit',
+    r"\buse test='pseudobulk'": 'use --test pseudobulk',
+    r'\bfdr=(\S+) was asked': r'--fdr \1 was asked',
+    '; `scld fit` makes one, or SCLD.save': '; scld fit makes one',
     r"config='(\w+)' and start exclude": r'--config \1 and --start exclude',
     r'\b(threads|steps|min_label|guidance|keep|floor|depth|effect|cells|draws|fdr)=(\S+) must be': r'--\1 \2 must be',
     r'genes of effect are not': 'genes of --effect are not',
@@ -38,7 +43,8 @@ _options = { # What the library advises: what to do on the command line
     r"\btest='pseudobulk' (.*) with by\b": r'--test pseudobulk \1 with --by',
     r'\bn_genes=(\S+)': r'--genes \1',
     r'name a column of labels': 'name a column with --labels',
-    r"\b(layer|labels)=(?='|\")": r'--\1 ',
+    r"\b(layer|labels|conditions)=(?='|\")": r'--\1 ',
+    'leave it out of conditions': 'leave it out of --conditions',
     r'\(layer=None\)': '(without --layer)',
     r'\bpass layer=': 'pass --layer',
     r'pass overwrite=True to replace it|choose another (name|folder) or delete it': 'choose another --out or delete it',
@@ -369,7 +375,7 @@ def power(
     by:str=None, # Column of `obs` with donors; without it cells count as independent
     draws:int=10, # Times to run the experiment
     fdr:float=0.05, # False discovery rate
-    floor:float=0.5, # Refuse a type recognised less often than this share of real cells
+    floor:float=0.5, # Refuse a type recognised less often than this share of real cells (0.8 of few); 0 for none
     model:str=None, # Folder to keep the pilot's model in, and to read it from if it is there
     out:str='power', # Folder for `power.csv` and `power.png`; must be new or empty
     device:str='auto', # `cpu`, `cuda`, or `auto`: a GPU when there is one
@@ -380,7 +386,7 @@ def power(
     if not labels or not label: raise ValueError("name the column of types with --labels and one of them with --label")
     how = dict(effect=effect, cells=cells, depth=depth)
     how = {k: several(v, k) for k,v in how.items()}|dict(n_genes=genes, draws=draws, fdr=fdr, floor=floor, seed=seed)
-    from scld.power import plot_power,power as ask,read_plan
+    from scld.power import MEANT,plot_power,power as ask,read_plan
     from scld.storage import whole_folder
     def check(m): read_plan(m, label, test, by, **how)
     table = ask(model_of(pilot, model, labels, by, seed, device, check), label, test=test, by=by, progress=True, **how)
@@ -388,6 +394,7 @@ def power(
         table.to_csv(tmp/'power.csv', index=False)
         plot_power(table, fdr).savefig(tmp/'power.png', dpi=150)
     print(table.round(3).to_string(index=False), file=sys.stderr)
+    print('; '.join(f'{k}: {v}' for k,v in MEANT.items()), file=sys.stderr)
     for f in ('power.csv','power.png'): print(out/f)
 
 # %% ../nbs/08_cli.ipynb #ec5c55a9

@@ -234,18 +234,39 @@ def read_part(
     if not pair: raise ValueError(f"--part is {part!r} where NUMBER/PARTS is expected, as in \"2/8\"")
     return tuple(map(int, pair.groups()))
 
+# %% ../nbs/08_cli.ipynb #7b42aa02
+def _table_in(option, path):
+    "A table of text from a file; `ValueError`, with the option that named it, where there is none"
+    import pandas as pd
+    if not Path(path).is_file(): raise ValueError(f"--{option} {path}: there is no file of this name")
+    how = dict(dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True, index_col=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning)   # a row of too many fields
+        try: table = pd.read_csv(path, **how)
+        except (pd.errors.ParserWarning,pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
+            raise ValueError(f"--{option} {path} is not a table of comma-separated values: {e}") from e
+    apart = next((c for c in ';\t' if len(table.columns)==1 and c in table.columns[0]), None)
+    commas = f"--{option} {path}: columns stand apart by {apart!r}, not by commas; write them with commas"
+    if apart: raise ValueError(commas)
+    return table
+
 # %% ../nbs/08_cli.ipynb #477744b4
 def planted_in(
     path:str, # CSV with columns `label`, `gene` and `log2_fold_change`
 )->dict: # By label and gene, for `SCLD.sample`
     "Fold changes to plant, read from a file; `ValueError` where it is not such a table"
     import pandas as pd
-    if not Path(path).is_file(): raise ValueError(f"--effect {path}: there is no file of this name")
-    table = pd.read_csv(path, dtype={'label': str, 'gene': str})
+    table = _table_in('effect', path)
     missing = [c for c in ('label','gene','log2_fold_change') if c not in table]
     if missing or not len(table):
         lacks = f"has no column {missing[0]!r}" if missing else 'has no rows'
         raise ValueError(f"--effect {path} {lacks}; write label,gene,log2_fold_change, a row for each change")
+    empty = table[['label','gene']].isna().any(axis=1)
+    if empty.any(): raise ValueError(f"--effect {path}: row {empty.idxmax()+1} has no label or no gene")
+    change = pd.to_numeric(table['log2_fold_change'], errors='coerce')
+    bad = f"{table['log2_fold_change'][change.isna().idxmax()]!r} in row {change.isna().idxmax()+1}"
+    if change.isna().any(): raise ValueError(f"--effect {path}: log2_fold_change must be numbers, not {bad}")
+    table['log2_fold_change'] = change
     twice = table.duplicated(['label','gene'])
     if twice.any():
         row = table[twice].iloc[0]
@@ -258,14 +279,7 @@ def asked_in(
     path:str, # CSV with some of the model's columns, and `n`
 ): # A DataFrame, for `SCLD.sample`
     "A table of requests, read from a file; `ValueError` where there is none"
-    import pandas as pd
-    if not Path(path).is_file(): raise ValueError(f"--design {path}: there is no file of this name")
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True)
-    except (pd.errors.ParserError,pd.errors.EmptyDataError,UnicodeDecodeError) as e:
-        raise ValueError(f"--design {path} is not a table of comma-separated values: {e}") from e
-    apart = next((c for c in ';\t' if len(table.columns)==1 and c in table.columns[0]), None)
-    commas = f"--design {path}: columns stand apart by {apart!r}, not by commas; write them with commas"
-    if apart: raise ValueError(commas)
+    table = _table_in('design', path)
     if 'n' in table:
         whole = table['n'].fillna('').str.fullmatch('[0-9]{1,18}')
         if not whole.all():

@@ -649,7 +649,8 @@ def sample(self:SCLD,
     sorts = self.scored and self._apart()
     ways = dict(guidance=guidance if self._apart() else 1., keep=keep if sorts else 0., stacklevel=4+(depth<1))
     ways['planted'],loose = bool(planned),int(np.isnan(code[:,0]).sum())
-    if loose and {k for k,*_ in planned}&set(self.categories): warnings.warn(BY_LOOK.format(loose, len(code)), stacklevel=2)
+    of_labels = {k for k,*_ in planned}&set(self.categories)
+    if loose and of_labels: warnings.warn(BY_LOOK.format(loose, len(code)), stacklevel=2)
     cells = Recognition(self.net.labeller, self.label_table).watch(cells, least, guidance>=0, **ways)
     if depth<1: cells = thinned(cells, how['depth'], (seed,3), blocks.mine.start)
     how['part'] = '{}/{}'.format(*part)
@@ -768,7 +769,8 @@ def encode(self:SCLD,
     cells = read_counts(adata, layer)
     code = np.full((cells.n_obs,len(self.columns)), np.nan)
     left = [c.name for c in self.columns[1:] if labels is None or c.name not in cells.obs]
-    if left: warnings.warn(f"encoded without {', '.join(left)}: latents stand as of no level in particular", stacklevel=2)
+    without = f"encoded without {', '.join(left)}: latents stand as of no level in particular"
+    if left: warnings.warn(without, stacklevel=2)
     if labels is not None: code[:,0] = self._known_labels(cells, labels)
     for i,c in enumerate(self.columns[1:], 1):
         if labels is not None and c.name in cells.obs: code[:,i] = known_codes(c, cells.obs[c.name])

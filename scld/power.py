@@ -188,7 +188,7 @@ def read_plan(
     if test=='pseudobulk' and by is None: raise ValueError(whose)
     def several(v): return v if isinstance(v, (list,tuple)) else tuple(v) if isinstance(v, np.ndarray) else (v,)
     plan = {k: in_range(k, several(v) if isinstance(SPANS[k], list) else v, SPANS[k]) for k,v in given.items()}
-    plan = {k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k,v in plan.items()}   # twice the same is once
+    plan = {k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k,v in plan.items()} # Said twice is once
     return dict(plan, test=test, by=by, donors=None if by is None else donors_of(model, label, by))
 
 # %% ../nbs/06m_power.ipynb #8f40bcce

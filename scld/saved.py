@@ -59,7 +59,8 @@ def read_keys(
     for k in keys: check_column(k, 'conditions')
     if labels in keys: raise ValueError(f"conditions={labels!r} is already used as labels; leave it out of conditions")
     taken = ['n']+['louvain']*(labels is None)
-    if keys and labels=='n': raise ValueError("labels='n' is how a table says how many cells it wants; rename the column")
+    n = "labels='n' is how a table says how many cells it wants; rename the column"
+    if keys and labels=='n': raise ValueError(n)
     twice = [k for i,k in enumerate(keys) if k in taken+keys[:i]]
     by = "by clusters, by another or by the number of cells, n"
     if twice: raise ValueError(f"conditions={twice[0]!r} is a name that is taken: {by}")

@@ -38,7 +38,7 @@ defaults = dict(
     n_latent=24, # Size of the autoencoder's latent
     n_hidden=256, # Width of the autoencoder
     noise=None, # Standard deviation of the noise on latents while training; learnt for each cell if None
-    reads='pearson', # What the encoder reads: `pearson` (components of residuals), all genes `log`ged or `scaled` (paper)
+    reads='pearson', # What the encoder reads: `pearson` (components of residuals), genes `log`ged or `scaled` (paper)
     layers='norm', # Between two linear layers of it: `norm` (LayerNorm and SiLU), or `relu` (the paper's)
     prior=0.03, # Scale that weights of the decoder's last layer are expected to have; 0 for no expectation
     tails=1., # How rare large weights are: degrees of freedom of Student's t; None for a Gaussian
@@ -55,7 +55,7 @@ defaults = dict(
     rows='even', # Labels of a batch: drawn more `even`ly, or `plain`, as they come (the paper's)
     times='snr', # Diffusion steps of a batch: drawn by signal to noise (`snr`), or `uniform` (the paper's)
     depth='scores', # Library sizes in the latent: normal `scores`, their `log`arithm, or `none` (the paper's)
-    fusion='add', # How the condition is heard: by blocks (`add`, `cat`, `attention`) or at the entry (`beside`, `onto`, `among`)
+    fusion='add', # Condition heard by blocks (`add`, `cat`, `attention`) or at the entry (`beside`, `onto`, `among`)
     predict='eps', # What the network says: `eps`, the noise (the paper's), or `v`
     T=1000, # Diffusion steps
     share=0.2, # Share of each batch that takes the global condition
@@ -76,7 +76,8 @@ configs = dict(
     paper=dict(
         likelihood='mse_scaled', n_latent=128, noise=0., reads='scaled', layers='relu', prior=0., label_sd=0.,
         scatter_from=0., validation=0., widths=(256,192,128), n_emb=128, bends=0, condition='mean', rows='plain',
-        fusion='onto', times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1, ae_share=0.5, steps=20_000))
+        fusion='onto', times='uniform', depth='none', solver='ddpm', rate='constant', average=0., wider=1,
+        ae_share=0.5, steps=20_000))
 configs['paper_log'] = dict(configs['paper'], likelihood='mse', reads='log')
 
 # %% ../nbs/04b_settings.ipynb #8f9583b1

@@ -147,7 +147,7 @@ def settings_from(
     if old['noise']==0 or old['reads']!='pearson' or old['likelihood'].startswith('mse'):
         raise ValueError("a model of the paper's kind (without noise on its latents) cannot be started from; "
                          "train one with the config 'default'")
-    settings = read_settings('default', {**old, 'steps': defaults['steps'], **given})   # a short run begets no short one
+    settings = read_settings('default', {**old, 'steps': defaults['steps'], **given}) # Not a short run's
     if (settings['label_sd']>0)!=(old['label_sd']>0):
         differ = f"label_sd={settings['label_sd']}, and {old['label_sd']} in the model to start from"
         raise ValueError(f"{differ}: labels have places in both, or in neither; leave it out")

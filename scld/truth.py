@@ -123,7 +123,7 @@ def factors(
     truth:pd.DataFrame, # From `read_effect`
     labels:list, # Labels of the model and levels of its conditions, of length n_levels
     genes, # Genes of the model, of length n_genes
-)->torch.Tensor: # log2 of the factor on the expected counts of each label, 0 for cells without one, shape (n_levels+1, n_genes)
+)->torch.Tensor: # log2 of the factor on expected counts of each level, 0 for the last, shape (n_levels+1, n_genes)
     "What (W3) multiplies by, on the log2 scale, on which the changes of a cell's columns add up"
     out = torch.zeros(len(labels)+1, len(genes))
     rows,columns = pd.Index(labels).get_indexer(truth['label']),pd.Index(genes).get_indexer(truth['gene'])

@@ -234,8 +234,8 @@ def _on_perfect(metrics, types, n_train):
     if seen:
         out.append(f"Even a perfect fit to {n_train:,} cells differs in {len(seen)} figures from the cells that it "
                    "stands for. There, too few cells are at fault, or too short a training, which a perfect fit "
-                   "repeats; this model's own shape is not. Train for twice the steps: if the perfect fit comes nearer, it was "
-                   "the training; if not, learn from more cells, or start from a model of a larger set: "
+                   "repeats; this model's own shape is not. Train for twice the steps: if the perfect fit comes "
+                   "nearer, it was the training; if not, learn from more cells, or start from a model of a larger set: "
                    f"{', '.join(seen)}.")
     if own:
         out.append(f"A perfect fit to {n_train:,} cells passes where these cells do not. Before you look for more "
